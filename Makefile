@@ -1,0 +1,36 @@
+# make run    set up, then the main job: train or load the models, attack them, print the tables, write figures/
+# make test   set up, then every test          make lab     set up, then open the notebooks
+# make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/
+PYTHON ?= python3
+BIN = .venv/bin
+READY = .venv/.ready
+JOB ?= job.quick
+
+.PHONY: run test lab export clean setup
+.DEFAULT_GOAL := run
+
+run: $(READY)
+	$(BIN)/vae-robust reproduce --job $(JOB)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+export: $(READY)
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "python3 -m venv failed: install your system's python3-venv package"; exit 1; }
+	@if command -v uv >/dev/null && [ -z "$$NO_UV" ]; then uv pip install --python $(BIN)/python -c requirements.lock -e '.[dev]'; \
+	else $(BIN)/python -m pip install --progress-bar off -c requirements.lock -e '.[dev]'; fi
+	@touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,65 @@
+import os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vae_robust.cli import app
+
+
+def vae_robust(*args, **env):
+    return subprocess.run([sys.executable, '-c', 'from vae_robust.cli import app; app()', *map(str, args)], capture_output=True, text=True,
+                          env=os.environ | env, timeout=300)
+
+
+def test_help_is_worth_reading_and_quick():
+    began = time.time()
+    done = vae_robust('--help')
+    assert done.returncode == 0 and time.time() - began < 10
+    for command in ('data', 'train', 'attack', 'report', 'reproduce'): assert re.search(rf'^  {command} +\w', done.stdout, re.M)
+
+
+@pytest.mark.parametrize('command', ['data', 'train', 'attack', 'report', 'reproduce'])
+def test_every_option_says_what_it_is(command):
+    text = CliRunner().invoke(app, [command, '--help']).stdout
+    for line in re.findall(r'^  (--\w+.*|\w+ +.*)$', text, re.M): assert len(line.split()) > 1
+
+
+def test_train_attack_and_resume(tmp_path):
+    first = vae_robust('train', 'digits.entangled', '--length', 'train.smoke', '--runs', tmp_path)
+    weights = tmp_path/'train.smoke/digits.entangled/seed0/weights.safetensors'
+    assert first.returncode == 0 and str(weights) in first.stdout and weights.exists()
+    done = vae_robust('attack', 'digits.entangled', 'attack.strong', '--length', 'train.smoke', '--judge', 'judge.smoke', '--set', 'pairs=1', '--runs', tmp_path)
+    assert done.returncode == 0 and 'mean AS ignore-target' in done.stdout and done.stdout.count('\n') >= 92
+
+
+@pytest.mark.parametrize('args, words', [
+    (('train', 'digits.entangeld'), 'no section [digits.entangeld]; did you mean'),
+    (('train', 'digits.entangled', '--set', 'lr=-1'), '[command line] lr = -1: input should be greater than 0'),
+    (('train', 'digits.entangled', '--set', 'lr'), 'write it as key=value'),
+    (('train', 'digits.entangled', '--set', 'batch=2000'), 'batch of 2000 does not fit into 1500'),
+    (('data', 'mnits'), "did you mean 'mnist'?"),
+])
+def test_mistakes_get_one_sentence_and_status_1(tmp_path, args, words):
+    done = vae_robust(*args, *(('--runs', tmp_path) if args[0] == 'train' else ()))
+    assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr
+    assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+def test_without_a_network_and_data_it_says_what_to_do(tmp_path):
+    nowhere = {k: 'http://127.0.0.1:9' for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'npm_config_registry', 'PIP_INDEX_URL')}
+    done = vae_robust('data', 'mnist', VAE_ROBUST_DATA=str(tmp_path), npm_config_fetch_retries='0', PIP_RETRIES='0', PIP_NO_CACHE_DIR='1',
+                      npm_config_cache=str(tmp_path/'npm'), PIP_EXTRA_INDEX_URL='', PIP_CONFIG_FILE=os.devnull, **nowhere)
+    assert done.returncode == 1 and 'could not be fetched' in done.stderr and 'VAE_ROBUST_DATA' in done.stderr and 'Traceback' not in done.stderr
+    assert not list(tmp_path.rglob('*ubyte*'))
+
+
+def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path):
+    command = ('train', 'digits.entangled', '--set', 'steps=3000', '--runs', str(tmp_path))
+    process = subprocess.Popen([sys.executable, '-u', '-c', 'from vae_robust.cli import app; app()', *command], stderr=subprocess.PIPE, text=True)
+    while 'seed0' not in process.stderr.readline(20): assert process.poll() is None                # until the bar shows
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'the same call goes on' in words and 'Traceback' not in words
+    assert list(tmp_path.rglob('checkpoint.pt'))

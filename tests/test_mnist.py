@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+
+from vae_robust import mnist
+from vae_robust.mnist import matrix, report, results, summary, thesis
+from vae_robust.settings import preset, read_table
+
+
+def test_the_thesis_s_numbers():
+    means = thesis().groupby(['run', 'model'])[['as_ignore', 'as_target']].mean().round(2)
+    assert means.loc['text'].T.to_dict('list') == {'disentangled': [36.59, 12.50], 'entangled': [29.70, 9.18], 'entangled_wd': [27.03, 7.98]}
+    assert means.loc['second'].T.to_dict('list') == {'disentangled': [36.86, 12.54], 'entangled': [29.83, 9.49], 'entangled_wd': [26.88, 7.85]}
+    row = thesis().query("run == 'text' and model == 'entangled' and source == 4 and target == 3").iloc[0]
+    assert (row.as_ignore, row.as_target) == (89.19, 10.26)                                       # Table 6.2
+    assert (thesis().source != thesis().target).all() and (thesis().groupby(['run', 'model']).size() == 90).all()
+
+
+@pytest.fixture(scope='module')
+def job(tmp_path_factory):
+    "The smoke job, done once: (preset, runs folder, figures folder, results, summary)."
+    runs, figures = tmp_path_factory.mktemp('runs'), tmp_path_factory.mktemp('figures')
+    p = preset('job.smoke')
+    return p, runs, figures, *report(p, runs, figures)
+
+
+def test_the_job_leaves_every_table_and_figure_with_its_provenance(job):
+    p, runs, figures, table, _ = job
+    models = [m.split('.')[1] for m in p.models]
+    want = {'means.csv', 'means.md', 'pairs.csv', 'pairs.md'} | {f'{k}_{m}.png' for k in ('traversals', 'adversarial') for m in models}
+    assert {f.name for f in figures.iterdir()} == want | {f'matrix_{a.split(".")[1]}.png' for a in p.attacks}
+    for name in ('means.csv', 'pairs.csv'):
+        facts = json.loads((figures/name).read_text().splitlines()[0][2:])
+        assert facts['train'] == p.train and facts['seeds'] == [0] and facts['attacks'] == dict(zip(p.attacks, p.pairs)) and 'commit' in facts
+    assert len(read_table(figures/'pairs.csv')) == len(table) == 3*2*90
+
+
+def test_done_cells_are_not_done_again(job, monkeypatch):
+    p, runs, _, table, _ = job
+    monkeypatch.setattr(mnist, 'evaluate', None)
+    pd.testing.assert_frame_equal(results(p, runs), table)
+
+
+def test_a_lost_cell_is_done_again_with_the_same_result(job):
+    p, runs, _, table, _ = job
+    lost = next(Path(runs).rglob('attack.strong.csv'))
+    before = lost.read_bytes()
+    lost.unlink()
+    pd.testing.assert_frame_equal(results(p, runs), table)
+    assert lost.read_bytes() == before
+
+
+def test_matrix_by_hand():
+    t = pd.DataFrame({'source': [3, 4], 'target': [8, 9], 'kept': [4, 0], 'missed': [3, 0], 'hit': [1, 0]})
+    a = matrix(t)
+    assert a[3, 8] == 75 and np.isnan(a).sum() == 99 and matrix(t, 'hit')[3, 8] == 25
+
+
+def test_summary_sets_the_thesis_beside_its_own_attack_only():
+    rows = [dict(model=m, seed=0, attack=a, source=1, target=2, kept=10, missed=5, hit=2) for m in ('disentangled', 'entangled') for a in ('thesis', 'none')]
+    s = summary(pd.DataFrame(rows)).set_index(['attack', 'model'])
+    assert s.loc[('thesis', 'disentangled'), 'as_ignore_thesis'] == '36.6 / 36.9' and s.loc[('none', 'entangled'), 'as_ignore_thesis'] == ''
+    assert s.loc[('none', 'entangled'), 'as_ignore'] == 50 and s.loc[('none', 'entangled'), 'as_target'] == 20

@@ -1,0 +1,181 @@
+import json, os, signal, subprocess, sys, time
+from functools import partial
+from pathlib import Path
+
+import pytest, torch
+from torch import nn
+
+from vae_robust import settings, training
+from vae_robust.data import load
+from vae_robust.settings import preset
+from vae_robust.training import (TrainingError, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights,
+                                 train)
+from vae_robust.vae import Terms, elbo
+
+SHORT = preset('digits.disentangled', steps=30, C_steps=20, lr='1e-3')
+FILES = ('weights.safetensors', 'curves.csv')
+
+def contents(folder):
+    return [(Path(folder)/f).read_bytes() for f in FILES]
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "The files of an uninterrupted run."
+    folder = tmp_path_factory.mktemp('straight')
+    train(SHORT, folder, progress=False, every=4)
+    return contents(folder)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(straight, tmp_path):
+    train(SHORT, tmp_path/'again', progress=False, every=7)
+    train(SHORT, tmp_path/'other', seed=1, progress=False)
+    assert contents(tmp_path/'again') == straight
+    assert contents(tmp_path/'other')[0] != straight[0]
+
+
+def test_the_caller_s_random_numbers_and_threads_do_not_matter_and_are_left_alone(straight, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2); torch.manual_seed(123); expected = torch.Generator().manual_seed(123).get_state()
+    train(SHORT, tmp_path, progress=False)
+    assert contents(tmp_path) == straight and torch.equal(torch.get_rng_state(), expected) and torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+PROGRAM = '''
+import sys
+from vae_robust.settings import preset
+from vae_robust.training import train
+train(preset('digits.disentangled', steps=30, C_steps=20, lr='1e-3'), sys.argv[1], progress=False, every=1)
+'''
+
+def step_of(folder):
+    try: return torch.load(folder/'checkpoint.pt', weights_only=True)['step']
+    except (OSError, RuntimeError, EOFError): return 0
+
+@pytest.mark.parametrize('number, at', [(signal.SIGKILL, 1), (signal.SIGKILL, 12), (signal.SIGTERM, 5), (signal.SIGINT, 9)])
+def test_a_run_killed_anywhere_and_resumed_gives_the_same_bytes(straight, tmp_path, number, at):
+    process = subprocess.Popen([sys.executable, '-c', PROGRAM, tmp_path], stderr=subprocess.PIPE, text=True)
+    while step_of(tmp_path) < at and process.poll() is None: time.sleep(.002)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode != 0 and not (tmp_path/'weights.safetensors').exists(), 'it was too fast to be killed'
+    assert at <= step_of(tmp_path) < 30
+    if number != signal.SIGKILL: assert 'Stopped after step' in words and 'the same call goes on' in words
+    train(SHORT, tmp_path, progress=False, every=4)
+    assert contents(tmp_path) == straight
+    assert not (tmp_path/'checkpoint.pt').exists()
+
+
+def test_a_finished_run_is_loaded_not_trained(straight, tmp_path, monkeypatch):
+    first = train(SHORT, tmp_path, progress=False)
+    monkeypatch.setattr(training, 'fit', None)
+    again = train(SHORT, tmp_path, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters())) and not again.training
+
+
+@pytest.mark.parametrize('unfinished', [True, False])
+def test_a_folder_with_other_settings_is_refused(tmp_path, unfinished):
+    if unfinished: training.save_checkpoint(tmp_path/'checkpoint.pt', settings=identity(SHORT, 0))
+    else: save_weights(tmp_path/'weights.safetensors', build(SHORT), identity(SHORT, 0))
+    with pytest.raises(TrainingError, match='other settings'): train(SHORT, tmp_path, seed=1, progress=False)
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:-100], lambda b: b'', lambda b: b'not weights at all', lambda b: b'\xff'*16 + b])
+@pytest.mark.parametrize('file', ['weights.safetensors', 'checkpoint.pt'])
+def test_damaged_files_are_refused_with_what_to_do(tmp_path, damage, file):
+    if file == 'checkpoint.pt': training.save_checkpoint(tmp_path/file, settings=identity(SHORT, 0), step=1)
+    else: save_weights(tmp_path/file, build(SHORT), identity(SHORT, 0))
+    (tmp_path/file).write_bytes(damage((tmp_path/file).read_bytes()))
+    with pytest.raises(TrainingError, match=f'{file}.*delete it'): train(SHORT, tmp_path, progress=False)
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'executed'),)
+    torch.save({'settings': Evil()}, tmp_path/'checkpoint.pt')
+    with pytest.raises(TrainingError): train(SHORT, tmp_path, progress=False)
+    assert not (tmp_path/'executed').exists()
+
+
+@pytest.mark.parametrize('other', [nn.Linear(3, 4), nn.Linear(2, 2), nn.Sequential(nn.Linear(3, 2))])
+def test_weights_of_another_model_are_refused(tmp_path, other):
+    save_weights(tmp_path/'w', nn.Linear(3, 2), '')
+    with pytest.raises(TrainingError, match='does not fit'): load_weights(tmp_path/'w', other)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError, match='No space left'): train(SHORT, tmp_path, progress=False, every=1000)
+    assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+def poisoned(model, x, step):
+    terms = elbo(model, x, step)
+    return terms._replace(loss=terms.loss*float('nan')) if step == 13 else terms
+
+def test_nan_stops_training_and_keeps_the_last_good_checkpoint(tmp_path):
+    model = build(SHORT)
+    with pytest.raises(TrainingError, match='nan at step 13.*smaller learning rate.*checkpoint.pt'):
+        fit(model, poisoned, load('digits').x, 30, folder=tmp_path, every=5, progress=False)
+    state = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    assert state['step'] == 10 and all(v.isfinite().all() for v in state['model'].values())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_minibatches_cover_every_epoch_once():
+    it = minibatches(100, 10, seed=3)
+    epochs = [torch.cat([next(it) for _ in range(10)]) for _ in range(3)]
+    assert all(e.sort().values.equal(torch.arange(100)) for e in epochs) and not epochs[0].equal(epochs[1])
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(TrainingError, match='200 does not fit into 100'): next(minibatches(100, 200, 0))
+
+
+def test_curves_are_means_over_the_steps_between(tmp_path):
+    seen = []
+    def watched(model, x, step):
+        seen.append(elbo(model, x, step))
+        return seen[-1]
+    curves = fit(build(SHORT), watched, load('digits').x, 10, log=5, progress=False)
+    assert curves.step.tolist() == [5, 10]
+    torch.testing.assert_close(curves.loss[1], sum(t.loss.item() for t in seen[5:])/5)
+    torch.testing.assert_close(curves.kl_z3[0], sum(t.kl_z[:, 3].mean().item() for t in seen[:5])/5)
+
+
+def test_the_step_reaches_the_objective_and_the_schedule():
+    steps, model = [], nn.Linear(1, 1)
+    def watched(m, x, step):
+        steps.append(step)
+        loss = m(x).pow(2).mean()
+        return Terms(loss, loss, loss[None, None], loss)
+    optimisers = []
+    def optimiser(p): optimisers.append(torch.optim.SGD(p, lr=.5)); return optimisers[0]
+    fit(model, watched, torch.rand(10, 1), 4, 5, optimiser, schedule=cosine, progress=False)
+    assert steps == [0, 1, 2, 3] and abs(optimisers[0].param_groups[0]['lr'] - cosine(.5, 3, 4)) < 1e-12
+    assert cosine(.5, 0, 4) == .5 and cosine(.5, 4, 4) < 1e-12
+
+
+def test_weight_decay_is_adam_s(tmp_path):
+    decayed = train(preset('digits.entangled', steps=3, weight_decay=10, lr='1e-3'), tmp_path/'a', progress=False)
+    plain = train(preset('digits.entangled', steps=3, lr='1e-3'), tmp_path/'b', progress=False)
+    assert sum(p.pow(2).sum() for p in decayed.parameters()) < sum(p.pow(2).sum() for p in plain.parameters())
+
+
+@pytest.mark.parametrize('name, keys', [('mnist.disentangled', {'gamma', 'C_z', 'C_c', 'C_steps'}), ('mnist.entangled', set())])
+def test_an_objective_gets_the_constants_it_asks_for(name, keys):
+    assert set(objective(preset(name)).keywords) == keys
+
+
+def test_identity_ignores_keys_at_their_defaults():
+    assert 'beta' not in json.loads(identity(preset('mnist.entangled'), 0)) and json.loads(identity(preset('mnist.entangled', beta=2), 3))['seed'] == 3
+
+
+def test_signals_are_noted_and_handlers_restored():
+    before = signal.getsignal(signal.SIGINT)
+    with noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(.01)
+    assert noted == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is before
