@@ -8,17 +8,18 @@ __all__ = ['beta_vae', 'ramp', 'capacity']
 # %% ../nbs/06_beta_vae.ipynb #3c3b090c
 from .vae import Terms, parts
 
-# %% ../nbs/06_beta_vae.ipynb #e54a59a3
+# %% ../nbs/06_beta_vae.ipynb #f0e6bf77
 def beta_vae(model, x, step=0, *, beta):
     "The beta-VAE objective (2.11) as `Terms`: reconstruction + beta * KL."
     rec, kl_z, kl_c = parts(model, x)
     return Terms((rec + beta*(kl_z.sum(-1) + kl_c)).mean(), rec, kl_z, kl_c)
 
-# %% ../nbs/06_beta_vae.ipynb #9126b3b7
+# %% ../nbs/06_beta_vae.ipynb #957e297b
 def ramp(C, step, steps):
     "A capacity that rises linearly from 0 to `C` nats over `steps` steps and stays there."
     return C*min(step/steps, 1)
 
+# %% ../nbs/06_beta_vae.ipynb #4ec77cac
 def capacity(model, x, step=0, *, gamma, C_z, C_steps):
     "The capacity objective of Burgess et al. 2018 as `Terms`: reconstruction + gamma * |KL - C(step)|, KL averaged over the batch."
     rec, kl_z, kl_c = parts(model, x)
