@@ -25,7 +25,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 
-# %% ../nbs/00_settings.ipynb #8df811e4
+# %% ../nbs/00_settings.ipynb #abbbd34c
 class ModelPreset(BaseModel, extra='forbid', frozen=True):
     "What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps` in optimiser steps."
     data: str
@@ -40,9 +40,11 @@ class ModelPreset(BaseModel, extra='forbid', frozen=True):
     C_c: NonNegative = 0
     C_steps: AtLeastOne = 1
     lr: Positive
+    schedule: Literal['constant', 'cosine'] = 'constant'
     weight_decay: NonNegative
     batch: AtLeastOne
     steps: Count
+    precision: Literal['float32', 'bfloat16'] = 'float32'
 
 # %% ../nbs/00_settings.ipynb #d2fcb7f4
 class JudgePreset(BaseModel, extra='forbid', frozen=True):
