@@ -1,16 +1,16 @@
-import json, os, signal, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
-import pytest, torch
+import pandas as pd, pytest, torch, torch.distributed as dist
 from torch import nn
 
 from vae_robust import settings, training
 from vae_robust.data import load
 from vae_robust.settings import preset
 from vae_robust.training import (TrainingError, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights,
-                                 train)
-from vae_robust.vae import Terms, elbo
+                                 read_weights, train)
+from vae_robust.vae import Terms, elbo, kl
 
 SHORT = preset('digits.disentangled', steps=30, C_steps=20, lr='1e-3')
 FILES = ('weights.safetensors', 'curves.csv')
@@ -179,3 +179,48 @@ def test_signals_are_noted_and_handlers_restored():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(.01)
     assert noted == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is before
+
+
+def still(model, x, step):
+    "The bound at the most likely code: no noise, so that one process and two compute the same."
+    if dist.is_initialized(): assert len(x) == 8                                        # half of the batch
+    q = model.posterior(x)
+    rec, (kl_z, kl_c) = -model.log_likelihood(x, q.mode), kl(q)
+    return Terms((rec + kl_z.sum(-1) + kl_c).mean(), rec, kl_z, kl_c)
+
+
+def one_of_two(rank, port, folder, steps, noise):
+    "A process of a run that two share; `noise`: the usual objective, which draws codes."
+    dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    model = build(preset('digits.entangled', n_z=3, n_c=0))
+    curves = fit(model, elbo if noise else still, load('digits').x, steps, 16, folder=folder, every=4, log=2, progress=False)
+    save_weights(Path(folder)/f'{rank}.safetensors', model, '')
+    curves.to_csv(Path(folder)/f'{rank}.csv', index=False)
+    dist.destroy_process_group()
+
+
+def two(folder, steps, noise=False):
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, str(folder), steps, noise), 2)
+    return [[(Path(folder)/f'{rank}.{kind}').read_bytes() for kind in ('safetensors', 'csv')] for rank in (0, 1)]
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    first, second = two(tmp_path, 8)
+    assert first == second
+    alone = build(preset('digits.entangled', n_z=3, n_c=0))
+    curves = fit(alone, still, load('digits').x, 8, 16, log=2, progress=False)
+    shared, _ = read_weights(tmp_path/'0.safetensors')
+    torch.testing.assert_close(shared, dict(alone.state_dict()), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(pd.read_csv(tmp_path/'0.csv').values), torch.tensor(curves.values), rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_draw_different_noise_and_resume_to_the_same_bytes(tmp_path):
+    straight = two(tmp_path/'straight', 8, noise=True)
+    two(tmp_path/'stopped', 4, noise=True)
+    assert two(tmp_path/'stopped', 8, noise=True) == straight
+    state = torch.load(tmp_path/'stopped'/'checkpoint.pt', weights_only=True)
+    first, second = (s['random']['cpu'] for s in state['each'])
+    assert not torch.equal(first, second)
+    with pytest.raises(TrainingError, match='left by 2 processes, this run has 1'):
+        fit(build(preset('digits.entangled', n_z=3, n_c=0)), elbo, load('digits').x, 9, 16, folder=tmp_path/'stopped', progress=False)

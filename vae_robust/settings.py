@@ -46,11 +46,12 @@ class ModelPreset(BaseModel, extra='forbid', frozen=True):
     steps: Count
     precision: Literal['float32', 'bfloat16'] = 'float32'
 
-# %% ../nbs/00_settings.ipynb #d2fcb7f4
+# %% ../nbs/00_settings.ipynb #a45bdefe
 class JudgePreset(BaseModel, extra='forbid', frozen=True):
     "A classifier to train; a section `[judge.name]`."
     data: str
-    network: Literal['lenet']
+    network: Literal['lenet', 'wide', 'strided', 'residual']
+    shift: bool = False
     optimiser: Literal['sgd', 'adam']
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)]
