@@ -1,12 +1,14 @@
 # make run    set up, then the main job: train or load the models, attack them, print the tables, write figures/
 # make test   set up, then every test          make lab     set up, then open the notebooks
 # make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/
+# make bench  speed against other packages, on an idle machine: tables in figures/
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 JOB ?= job.quick
+PEERS = pythae==0.1.2 imageio cloudpickle
 
-.PHONY: run test lab export clean setup
+.PHONY: run test lab export bench clean setup
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -22,6 +24,10 @@ export: $(READY)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 
+bench: $(READY)
+	@test -d .bench/pythae || $(BIN)/python -m pip install --quiet --no-deps --target .bench $(PEERS)
+	PYTHONPATH=.bench $(BIN)/python tests/bench.py
+
 setup: $(READY)
 
 $(READY): pyproject.toml requirements.lock
@@ -32,5 +38,5 @@ $(READY): pyproject.toml requirements.lock
 	@touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .bench build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

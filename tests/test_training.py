@@ -9,7 +9,7 @@ from vae_robust import settings, training
 from vae_robust.data import load
 from vae_robust.settings import preset
 from vae_robust.training import (TrainingError, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights,
-                                 read_weights, train)
+                                 hashes, pretrained, read_weights, ship, shipped, train, WEIGHTS)
 from vae_robust.vae import Terms, elbo, kl
 
 SHORT = preset('digits.disentangled', steps=30, C_steps=20, lr='1e-3')
@@ -53,7 +53,7 @@ def step_of(folder):
     try: return torch.load(folder/'checkpoint.pt', weights_only=True)['step']
     except (OSError, RuntimeError, EOFError): return 0
 
-@pytest.mark.parametrize('number, at', [(signal.SIGKILL, 1), (signal.SIGKILL, 12), (signal.SIGTERM, 5), (signal.SIGINT, 9)])
+@pytest.mark.parametrize('number, at', [(signal.SIGKILL, 1), (signal.SIGKILL, 6), (signal.SIGKILL, 12), (signal.SIGKILL, 19), (signal.SIGKILL, 27), (signal.SIGTERM, 5), (signal.SIGINT, 9)])
 def test_a_run_killed_anywhere_and_resumed_gives_the_same_bytes(straight, tmp_path, number, at):
     process = subprocess.Popen([sys.executable, '-c', PROGRAM, tmp_path], stderr=subprocess.PIPE, text=True)
     while step_of(tmp_path) < at and process.poll() is None: time.sleep(.002)
@@ -224,3 +224,40 @@ def test_two_processes_draw_different_noise_and_resume_to_the_same_bytes(tmp_pat
     assert not torch.equal(first, second)
     with pytest.raises(TrainingError, match='left by 2 processes, this run has 1'):
         fit(build(preset('digits.entangled', n_z=3, n_c=0)), elbo, load('digits').x, 9, 16, folder=tmp_path/'stopped', progress=False)
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    "A shelf of shipped weights with one model on it."
+    save_weights(tmp_path/'run'/'weights.safetensors', build(SHIPPED, seed=2), identity(SHIPPED, 2))
+    ship(tmp_path/'run', 'digits/entangled', 2, tmp_path/'shelf')
+    return tmp_path/'shelf'
+
+SHIPPED = preset('digits.entangled')
+
+
+def test_shipped_weights_come_back_as_they_went(shelf):
+    model = pretrained('digits/entangled', 2, shelf)
+    torch.testing.assert_close(dict(model.state_dict()), dict(build(SHIPPED, seed=2).state_dict()), rtol=0, atol=0)
+    assert not model.training
+    subprocess.run(['sha256sum', '--check', '--quiet', 'SHA256SUMS'], cwd=shelf, check=True)
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda f: f.write_bytes(f.read_bytes()[:-1] + bytes([f.read_bytes()[-1] ^ 1])), 'missing or damaged'),
+    (lambda f: f.unlink(), 'missing or damaged'),
+    (lambda f: (f.parents[2]/'SHA256SUMS').unlink(), 'No weights are shipped'),
+    (lambda f: (save_weights(f.parent/'weights.safetensors', build(SHIPPED), identity(SHIPPED, 0)), ship(f.parent, 'digits/entangled', 2, f.parents[2])), 'other settings'),
+])
+def test_wrong_weights_are_refused(shelf, spoil, words):
+    spoil(shelf/'digits'/'entangled'/'seed2.safetensors')
+    with pytest.raises(TrainingError, match=words): pretrained('digits/entangled', 2, shelf)
+
+
+def test_every_shipped_file_has_its_hash_and_nothing_else_is_shipped():
+    files = {str(f.relative_to(WEIGHTS)) for f in WEIGHTS.rglob('*.safetensors')}
+    assert files == set(hashes())
+    assert sum((WEIGHTS/f).stat().st_size for f in files if not f.startswith('judge')) <= 24e6
+    for f in files:
+        name, seed = f.removesuffix('.safetensors').rsplit('/seed', 1)
+        shipped(name, int(seed))

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['thesis', 'trained', 'judge_of', 'results', 'summary', 'matrix', 'show_matrix', 'matrices', 'adversarial_grid',
-           'report', 'pictures']
+           'report', 'side_by_side', 'pictures']
 
-# %% ../nbs/14_mnist.ipynb #01ba4422
+# %% ../nbs/14_mnist.ipynb #b23a4dde
 import json
 from itertools import product
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .attacks import FEATURES, attack
 from .data import load, pixels
-from .robustness import cell, evaluate, judged, mean_rate, pairs, rates, reconstruct, train_judge
+from .robustness import cell, evaluate, judged, mean_rate, pairs, pretrained_judge, rates, reconstruct, train_judge
 from .settings import preset, root, save_figure, save_table
-from .training import identity, train
+from .training import identity, pretrained, train
 from .traversals import show_grid, traversals
 
 # %% ../nbs/14_mnist.ipynb #3c09ac5e
@@ -23,19 +23,22 @@ def thesis():
     "Tables 6.1-6.3 of the thesis and its author's second run: columns run ('text', 'second'), model, source, target, as_ignore, as_target (percent)."
     return pd.read_csv(Path(__file__).with_name('thesis.csv'))
 
-# %% ../nbs/14_mnist.ipynb #a4a9bde4
+# %% ../nbs/14_mnist.ipynb #b1c1df6d
 def trained(name, length, seed, runs):
-    "The model of preset `name` trained for the `length` of a train preset with `seed`, from the folder `runs` if it is there; (model, preset)."
+    """The model of preset `name` with `seed`, and its preset. `length` 'shipped': the weights that came with the package; else a train
+    preset, laid over the model's, and the folder `runs`, where it is trained unless it is there."""
+    if length == 'shipped': return pretrained(name.replace('.', '/'), seed), preset(name)
     p = preset(name, length)
     return train(p, Path(runs)/length/name/f'seed{seed}', seed), p
 
-# %% ../nbs/14_mnist.ipynb #c6ffc291
+# %% ../nbs/14_mnist.ipynb #47180548
 def judge_of(job, runs):
-    "The judge of a `JobPreset`, from the folder `runs` if it is there; (judge, preset)."
+    "The judge of a `JobPreset` and its preset: shipped if the models are, else from the folder `runs`, where it is trained unless it is there."
     p = preset(job.judge)
+    if job.train == 'shipped': return pretrained_judge(job.judge.replace('.', '/')), p
     return train_judge(p, Path(runs)/job.judge), p
 
-# %% ../nbs/14_mnist.ipynb #efa8c228
+# %% ../nbs/14_mnist.ipynb #e165836a
 def results(job, runs):
     "All cells of a `JobPreset` as one table: model, seed, attack, and the columns of `robustness.counts`. Resumes in the folder `runs`."
     judge, judge_preset = judge_of(job, runs)
@@ -44,7 +47,8 @@ def results(job, runs):
         model, p = trained(name, job.train, seed, runs)
         for attack_name, n in zip(job.attacks, job.pairs):
             a = preset(attack_name, pairs=n)
-            settings = {'model': json.loads(identity(p, seed)), 'attack': a.model_dump(), 'judge': judge_preset.model_dump()}
+            settings = {'model': json.loads(identity(p, seed)), 'attack': a.model_dump(exclude_defaults=True),
+                        'judge': judge_preset.model_dump(exclude_defaults=True)}
             table = cell(Path(runs)/job.train/name/f'seed{seed}'/f'{attack_name}.csv', settings,
                          lambda: evaluate(model, judge, a, load(p.data, 'test'), desc=f'{name}: {attack_name}'))
             tables.append(table.assign(model=name.split('.')[1], seed=seed, attack=attack_name.split('.')[1]))
@@ -112,14 +116,17 @@ def report(job, runs, folder=None):
     plt.close('all')
     return table, summary(table)
 
-# %% ../nbs/14_mnist.ipynb #47d37328
+# %% ../nbs/14_mnist.ipynb #1b86ae95
+def side_by_side(draw, job, runs, height):
+    "A figure with a panel `draw(model, ax, title)` for each model of a job, first seed, `height` inches high."
+    fig, axs = plt.subplots(1, len(job.models), figsize=(5.2*len(job.models), height), layout='constrained', squeeze=False)
+    for ax, name in zip(axs[0], job.models): draw(trained(name, job.train, job.seeds[0], runs)[0], ax, name.split('.')[1])
+    return fig
+
+# %% ../nbs/14_mnist.ipynb #c056172c
 def pictures(job, runs, folder=None):
-    "Write the traversals and the adversarial images of each model of a job, first seed, to `folder` (figures/)."
-    test = load(preset(job.models[0]).data, 'test')
-    both = {'traversals': lambda m, ax, title: traversals(m, pixels(test.x[:1]), ax=ax, title=title),
-            'adversarial': lambda m, ax, title: adversarial_grid(m, preset('attack.strong'), test, ax, title)}
-    for (kind, draw), name in product(both.items(), job.models):
-        model, _ = trained(name, job.train, job.seeds[0], runs)
-        fig, ax = plt.subplots(figsize=(5.2, 5.6 if kind == 'traversals' else 3))
-        draw(model, ax, name)
-        save_figure(fig, f'{kind}_{name.split(".")[1]}', folder, preset=name, train=job.train, seed=job.seeds[0], attack='attack.strong')
+    "Write the traversals and the adversarial images of the models of a job, first seed, to `folder` (figures/)."
+    test, strong = load(preset(job.models[0]).data, 'test'), preset('attack.strong')
+    facts = dict(models=job.models, train=job.train, seed=job.seeds[0])
+    save_figure(side_by_side(lambda m, ax, title: traversals(m, pixels(test.x[:1]), ax=ax, title=title), job, runs, 5.6), 'traversals', folder, **facts)
+    save_figure(side_by_side(lambda m, ax, title: adversarial_grid(m, strong, test, ax, title), job, runs, 3), 'adversarial', folder, attack='attack.strong', **facts)

@@ -4,10 +4,10 @@ r"""Of the images whose reconstruction was right before the attack, which share 
 
 # %% auto #0
 __all__ = ['NETWORKS', 'lenet', 'wide', 'normed', 'strided', 'Residual', 'residual', 'Classified', 'cross_entropy', 'shifted',
-           'shifted_cross_entropy', 'train_judge', 'judged', 'pairs', 'cut', 'counts', 'wilson', 'rates', 'mean_rate',
-           'reconstruct', 'evaluate', 'cell']
+           'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'pairs', 'cut', 'counts', 'wilson',
+           'rates', 'mean_rate', 'reconstruct', 'evaluate', 'cell']
 
-# %% ../nbs/13_robustness.ipynb #e3e0b407
+# %% ../nbs/13_robustness.ipynb #8f1f911b
 import json
 from contextlib import contextmanager
 from functools import partial
@@ -19,8 +19,8 @@ from torch import nn, Tensor
 from torch.optim import SGD, Adam
 from .attacks import FEATURES, attack
 from .data import load, pixels
-from .settings import read_table, write
-from .training import cosine, fit, identity, load_weights, one_thread, save_weights
+from .settings import preset, read_table, write
+from .training import WEIGHTS, cosine, fit, identity, keep_memory, load_weights, one_thread, save_weights, shipped
 
 # %% ../nbs/13_robustness.ipynb #1521711a
 def lenet(classes=10):
@@ -34,17 +34,18 @@ def wide(classes=10):
     return nn.Sequential(nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),
                          nn.Flatten(), nn.Linear(1600, 128), nn.ReLU(), nn.Dropout(), nn.Linear(128, classes))
 
-# %% ../nbs/13_robustness.ipynb #e51560a3
+# %% ../nbs/13_robustness.ipynb #a90b7612
 def normed(i, o, kernel, stride=1):
     "A convolution of `i` to `o` channels with batch normalisation, which keeps the side or divides it by `stride`."
     return nn.Sequential(nn.Conv2d(i, o, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(o))
 
+# %% ../nbs/13_robustness.ipynb #188d2140
 def strided(classes=10):
     "Convolutions alone: images (B, 1, 32, 32) to logits (B, classes)."
     blocks = [m for i, o, kernel in ((1, 32, 5), (32, 64, 3), (64, 128, 3)) for m in (normed(i, o, kernel, 2), nn.ReLU())]
     return nn.Sequential(*blocks, nn.Flatten(), nn.Dropout(.3), nn.Linear(128*4*4, classes))
 
-# %% ../nbs/13_robustness.ipynb #6928413d
+# %% ../nbs/13_robustness.ipynb #76c4fd54
 class Residual(nn.Module):
     "x + f(x), with two normed convolutions for f: images of `n` channels to the same shape."
     def __init__(self, n):
@@ -52,11 +53,13 @@ class Residual(nn.Module):
         self.f = nn.Sequential(normed(n, n, 3), nn.ReLU(), normed(n, n, 3))
     def forward(self, x): return F.relu(x + self.f(x))
 
+# %% ../nbs/13_robustness.ipynb #59458613
 def residual(classes=10):
     "Residual blocks and an average over positions: images (B, 1, 32, 32) to logits (B, classes)."
     return nn.Sequential(normed(1, 24, 5, 2), nn.ReLU(), Residual(24), normed(24, 48, 3, 2), nn.ReLU(), Residual(48), normed(48, 96, 3, 2), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
 
+# %% ../nbs/13_robustness.ipynb #5228ad39
 NETWORKS = {'lenet': lenet, 'wide': wide, 'strided': strided, 'residual': residual}
 
 # %% ../nbs/13_robustness.ipynb #1a8f0fdf
@@ -83,19 +86,26 @@ def shifted_cross_entropy(model, batch, step=0):
     "`cross_entropy` on `shifted` images."
     return cross_entropy(model, (shifted(batch[0]), batch[1]), step)
 
-# %% ../nbs/13_robustness.ipynb #6f68308d
+# %% ../nbs/13_robustness.ipynb #3f76678a
 def train_judge(preset, folder, seed=0, progress=True):
     "The classifier of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if `folder` holds it finished."
     with torch.random.fork_rng(): torch.manual_seed(seed); judge = NETWORKS[preset.network]()
     settings, path = identity(preset, seed), Path(folder)/'weights.safetensors'
     if path.exists(): return load_weights(path, judge, settings).eval()
     optimiser = {'sgd': partial(SGD, lr=preset.lr, momentum=preset.momentum), 'adam': partial(Adam, lr=preset.lr, fused=True)}[preset.optimiser]
+    keep_memory()
     with one_thread():
         fit(judge.to(memory_format=torch.channels_last), shifted_cross_entropy if preset.shift else cross_entropy, tuple(load(preset.data)),
             preset.steps, preset.batch, optimiser, cosine if preset.optimiser == 'adam' else None, seed, folder=folder, settings=settings, desc='judge', progress=progress)
     save_weights(path, judge, settings)
     (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
     return judge.eval()
+
+# %% ../nbs/13_robustness.ipynb #3cb63b57
+def pretrained_judge(name, seed=0, source=WEIGHTS):
+    "The shipped judge 'judge/wide', 'judge/strided' or 'judge/residual' in eval mode; errors as in `training.pretrained`."
+    p = preset(name.replace('/', '.'))
+    return load_weights(shipped(name, seed, source), NETWORKS[p.network](), identity(p, seed)).eval()
 
 # %% ../nbs/13_robustness.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'WEIGHTS', 'TrainingError', 'minibatches', 'noted_signals', 'save_checkpoint',
            'load_checkpoint', 'save_weights', 'read_weights', 'load_weights', 'averages', 'mean_row', 'advance',
-           'cosine', 'take', 'Loss', 'distributed', 'gathered', 'random_state', 'resume', 'fit', 'objective', 'build',
-           'one_thread', 'keep_memory', 'identity', 'record', 'train', 'hashes', 'ship', 'pretrained']
+           'cosine', 'take', 'Loss', 'distributed', 'gathered', 'random_state', 'resume', 'save_run', 'fit',
+           'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'train', 'hashes', 'ship',
+           'shipped', 'pretrained']
 
 # %% ../nbs/09_training.ipynb #6f2b4ed3
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time
@@ -171,7 +172,14 @@ def resume(path, settings, model, optimiser, rank=0, world=1):
     if torch.cuda.is_available(): torch.cuda.set_rng_state_all(mine['random']['cuda'])
     return state['step'], mine['rows'], state['curves']
 
-# %% ../nbs/09_training.ipynb #492662ce
+# %% ../nbs/09_training.ipynb #68af630c
+def save_run(path, model, optimiser, rows, **rest):
+    "Write the checkpoint that `resume` reads; several processes leave one, written by the first."
+    each = gathered(dict(random=random_state(), rows=rows))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_checkpoint(path, model=model.state_dict(), optimiser=optimiser.state_dict(), each=each, **rest)
+
+# %% ../nbs/09_training.ipynb #27f4c729
 def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4), schedule=None, seed=0, precision=torch.float32,
         folder=None, settings='', every=1000, log=100, desc='training', progress=True):
     """Minimise `objective(model, batch, step).loss` for `steps` steps and return the learning curves, a data frame with a row every
@@ -194,9 +202,7 @@ def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4
                 curves.append(mean_row(sum(gathered(rows), []), step + 1)); rows = []
                 bar.set_postfix(loss=f'{curves[-1]["loss"]:.4g}')
             stop = any(gathered(bool(noted)))
-            if path and ((step + 1) % every == 0 or stop):
-                each = gathered(dict(random=random_state(), rows=rows))
-                if rank == 0: save_checkpoint(path, model=model.state_dict(), optimiser=opt.state_dict(), each=each, step=step + 1, curves=curves, settings=settings)
+            if path and ((step + 1) % every == 0 or stop): save_run(path, model, opt, rows, step=step + 1, curves=curves, settings=settings)
             if stop: raise KeyboardInterrupt(f'Stopped after step {step + 1} of {steps}' + (f'; {path} keeps it: the same call goes on.' if path else '.'))
     return pd.DataFrame(curves)
 
@@ -274,13 +280,18 @@ def ship(run, name, seed, to=WEIGHTS):
     write(Path(to)/file, data)
     write(sums, '\n'.join(f'{h}  {f}' for f, h in sorted((hashes(to) | {file: sha256(data).hexdigest()}).items())) + '\n')
 
-# %% ../nbs/09_training.ipynb #f7aa4617
+# %% ../nbs/09_training.ipynb #360c5376
+def shipped(name, seed=0, source=WEIGHTS):
+    "Path of the shipped weights `name` with `seed`, whose hash has been compared; raises `TrainingError` if there are none or they are damaged."
+    file, known = f'{name}/seed{seed}.safetensors', hashes(source)
+    if file not in known: raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; there are {", ".join(sorted(known)) or "none"}.')
+    path = Path(source)/file
+    if path.exists() and sha256(path.read_bytes()).hexdigest() == known[file]: return path
+    raise TrainingError(f'{path} is missing or damaged: its hash is not the one in SHA256SUMS; install the package again.')
+
+# %% ../nbs/09_training.ipynb #ecdff359
 def pretrained(name, seed=0, source=WEIGHTS):
     """The shipped `VAE` of a model such as 'mnist/disentangled', trained with `seed`, in eval mode. Raises `TrainingError` if there is
     none, if its file is damaged, or if the preset in settings.ini is no longer the one it was trained with."""
-    file, known = f'{name}/seed{seed}.safetensors', hashes(source)
-    if file not in known: raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; there are {", ".join(sorted(known)) or "none"}.')
-    path, p = Path(source)/file, preset(name.replace('/', '.'))
-    if not path.exists() or sha256(path.read_bytes()).hexdigest() != known[file]:
-        raise TrainingError(f'{path} is damaged: its hash is not the one in SHA256SUMS; install the package again.')
+    path, p = shipped(name, seed, source), preset(name.replace('/', '.'))
     return load_weights(path, build(p, seed=seed), identity(p, seed)).eval()

@@ -1,0 +1,116 @@
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd, pytest
+
+from vae_robust.sweep import SweepError, answer, collected, keep, key, missing, path_of, plan, sweep
+
+CELLS = [{'model': m, 'seed': s} for m in ('a', 'b') for s in range(4)]
+
+
+def count(settings):
+    "A cell that leaves a mark each time that it is computed."
+    if settings['model'] == 'bad': raise ValueError('no such model')
+    time.sleep(settings.get('nap', 0))
+    if 'marks' in settings: Path(settings['marks'], f'{key(settings)}.{os.getpid()}.{time.time_ns()}').touch()
+    return pd.DataFrame({'missed': [settings['seed'], 7]})
+
+
+@pytest.fixture
+def marked(tmp_path):
+    "Cells that note their computations, a function that counts these per cell, and a folder for the answers."
+    marks = tmp_path/'marks'
+    marks.mkdir()
+    cells = [c | {'nap': .15, 'marks': str(marks)} for c in CELLS]
+    return cells, lambda: pd.Series([f.name.split('.')[0] for f in marks.iterdir()]).value_counts(), tmp_path/'answers'
+
+
+def started(cells, folder, **options):
+    "A sweep in a process of its own."
+    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_sweep import *; sweep({cells!r}, count, {str(folder)!r}, progress=False, **{options!r})'
+    return subprocess.Popen([sys.executable, '-c', code], start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, 'nothing happened in a minute'
+        time.sleep(.01)
+
+
+def test_the_answers_with_their_settings(tmp_path):
+    table = sweep(CELLS, count, tmp_path, progress=False, jobs=2)
+    assert table[['model', 'seed', 'missed']].values.tolist() == [[c['model'], c['seed'], v] for c in CELLS for v in (c['seed'], 7)]
+    assert sweep(CELLS[::-1], None, tmp_path, progress=False).equals(collected(CELLS[::-1], tmp_path))
+
+
+def test_a_name_depends_on_every_setting_and_not_on_their_order():
+    assert len({key(c) for c in CELLS}) == 8 and key({'x': 1, 'y': 2}) == key({'y': 2, 'x': 1})
+
+
+def test_an_answer_to_another_question_is_not_taken(tmp_path):
+    keep(CELLS[0], pd.DataFrame({'missed': [1]}), tmp_path)
+    path_of(CELLS[0], tmp_path).rename(path_of(CELLS[1], tmp_path))
+    assert answer(CELLS[1], tmp_path) is None and missing(CELLS[:2], tmp_path) == CELLS[:2]
+
+
+def test_a_sweep_that_was_killed_goes_on_and_does_nothing_twice(marked):
+    cells, marks, folder = marked
+    process = started(cells, folder, jobs=2)
+    wait_for(lambda: len(list(folder.glob('*.csv'))) >= 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {f.name: f.read_bytes() for f in folder.glob('*.csv')}
+    assert 3 <= len(done) < 8
+    sweep(cells, count, folder, progress=False, jobs=2)
+    assert len(marks()) == 8 and all(marks()[f.removesuffix('.csv')] == 1 for f in done)
+    assert all((folder/f).read_bytes() == b for f, b in done.items())
+    assert {f.suffix for f in folder.iterdir()} <= {'.csv', '.jsonl', ''}                 # nothing half-written
+
+
+def test_two_sweeps_on_one_folder_do_nothing_twice(marked):
+    cells, marks, folder = marked
+    processes = [started(cells, folder, jobs=1) for _ in range(2)]
+    said = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0] and sorted(map(bool, said)) == [False, True]
+    assert (marks() == 1).all() and missing(cells, folder) == []
+
+
+def test_a_bad_cell_does_not_sink_the_others(tmp_path):
+    bad = {'model': 'bad', 'seed': 0}
+    with pytest.raises(SweepError) as e: sweep([bad, *CELLS], count, tmp_path, progress=False, jobs=2)
+    assert str(e.value).startswith('1 of 9 cells failed') and '"model": "bad"' in str(e.value) and 'ValueError: no such model' in str(e.value)
+    assert missing([bad, *CELLS], tmp_path) == [bad]
+
+
+def test_the_plan_knows_what_is_done_and_how_long_the_rest_takes(tmp_path):
+    slow, quick = ([{'model': m, 'seed': s, 'nap': nap} for s in range(3)] for m, nap in (('slow', .4), ('quick', .1)))
+    sweep([slow[0], quick[0]], count, tmp_path, progress=False, jobs=1)
+    p = plan(slow + quick, tmp_path, jobs=2)
+    assert (p['cells'], p['done']) == (6, 2) and p['seconds'] == pytest.approx((2*.4 + 2*.1)/2, abs=.1)
+
+
+@pytest.fixture
+def ray():
+    "A cluster of two one-core nodes on this machine; the second can be taken away."
+    ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'vae_robust[cluster]'")
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})
+    second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={'env_vars': {'PYTHONPATH': str(Path(__file__).parent)}})
+    yield ray, cluster, second
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_ray_cluster_loses_a_node_and_no_cell(ray, tmp_path, monkeypatch):
+    _, cluster, second = ray
+    cells, gone = [c | {'nap': .5} for c in CELLS], []
+    keep_ = keep
+    def keep_and_pull_the_plug(*args):
+        keep_(*args)
+        if not gone: gone.append(cluster.remove_node(second, allow_graceful=False))
+    monkeypatch.setattr('vae_robust.sweep.keep', keep_and_pull_the_plug)
+    table = sweep(cells, count, tmp_path, 'ray', progress=False)
+    assert gone and len(table) == 16 and missing(cells, tmp_path) == []
+    assert table.drop(columns='nap').equals(sweep(CELLS, count, tmp_path/'local', progress=False, jobs=1))
