@@ -39,9 +39,9 @@ WHOLE = Path(settings.settings_file()).read_text()
 
 @pytest.mark.parametrize('text, words', [
     (WHOLE.replace('gamma = 30', 'gama = 30', 1), ['my.ini [mnist.disentangled] gama', "did you mean 'gamma'?"]),
-    (WHOLE.replace('lr = 5e-4', 'lr = -5e-4', 1), ['my.ini [mnist.disentangled] lr = -5e-4', 'greater than 0']),
-    (WHOLE.replace('lr = 5e-4', 'lr = nan', 1), ['lr = nan', 'finite']),
-    (WHOLE.replace('n_z = 10', 'n_z = ten', 1), ['my.ini [mnist.disentangled] n_z = ten', 'valid integer']),
+    (WHOLE.replace('lr = 1e-3', 'lr = -1e-3', 1), ['my.ini [mnist.entangled] lr = -1e-3', 'greater than 0']),
+    (WHOLE.replace('lr = 1e-3', 'lr = nan', 1), ['lr = nan', 'finite']),
+    (WHOLE.replace('n_z = 10', 'n_z = ten', 1), ['my.ini [mnist.entangled] n_z = ten', 'valid integer']),
     (WHOLE.replace('batch = 64', '', 1), ['my.ini [mnist.disentangled]', "'batch' is missing"]),
     (WHOLE.replace('objective = joint', 'objective = jiont', 1), ['objective = jiont', "'joint'"]),
     (WHOLE.replace('[mnist.disentangled]', '[mnist.disentagled]', 1), ['no section [mnist.disentangled]', "'mnist.disentagled'"]),

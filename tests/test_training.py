@@ -261,3 +261,13 @@ def test_every_shipped_file_has_its_hash_and_nothing_else_is_shipped():
     for f in files:
         name, seed = f.removesuffix('.safetensors').rsplit('/seed', 1)
         shipped(name, int(seed))
+
+
+@pytest.mark.parametrize('kind, constants', [('beta', {'beta': 4}), ('capacity', {'gamma': 10, 'C_z': 5}), ('tc', {'beta': 6, 'n_data': 1500}), ('factor', {'gamma': 6})])
+def test_every_objective_trains_and_comes_back(tmp_path, kind, constants):
+    p = preset('digits.entangled', objective=kind, steps=4, batch=16, **constants)
+    model = train(p, tmp_path, progress=False)
+    untrained = build(p)
+    assert not torch.equal(model.encoder[0].weight, untrained.encoder[0].weight)
+    if kind == 'factor': assert not torch.equal(*(next(m.discriminator.parameters()) for m in (model, untrained)))
+    torch.testing.assert_close(dict(train(p, tmp_path).state_dict()), dict(model.state_dict()), rtol=0, atol=0)

@@ -28,6 +28,18 @@ def test_gaussian_kl_is_summed_over_latents_and_positive(mu, lv, total):
     assert kl_c.tolist() == [0, 0, 0]
 
 
+@examples
+@given(st.lists(st.floats(-8, 8), min_size=2, max_size=12))
+def test_the_categorical_kl_is_log_k_minus_the_entropy(logits):
+    q = Posterior(Normal(torch.zeros(1, 2), 1.), OneHotCategorical(logits=torch.tensor([logits])))
+    kl_c, entropy = kl(q)[1].item(), stats.entropy(special.softmax(logits))
+    assert kl_c == pytest.approx(math.log(len(logits)) - entropy, abs=1e-5) and -1e-5 <= kl_c <= math.log(len(logits)) + 1e-5
+
+
+def test_the_categorical_kl_of_a_known_case():
+    q = Posterior(Normal(torch.zeros(1, 2), 1.), OneHotCategorical(logits=torch.tensor([[3.] + [0.]*9])))
+    assert kl(q)[1].item() == pytest.approx(1.004, abs=5e-4)
+
 def test_kl_agrees_with_monte_carlo(model, digits):
     q = model.posterior(digits)
     z, c = q.z.sample((50_000,)), q.c.sample((50_000,))

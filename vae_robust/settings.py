@@ -25,7 +25,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 
-# %% ../nbs/00_settings.ipynb #abbbd34c
+# %% ../nbs/00_settings.ipynb #9be82a44
 class ModelPreset(BaseModel, extra='forbid', frozen=True):
     "What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps` in optimiser steps."
     data: str
@@ -33,8 +33,9 @@ class ModelPreset(BaseModel, extra='forbid', frozen=True):
     n_z: AtLeastOne
     n_c: Count
     tau: Positive
-    objective: Literal['elbo', 'beta', 'capacity', 'joint']
+    objective: Literal['elbo', 'beta', 'capacity', 'joint', 'tc', 'factor']
     beta: Positive = 1
+    n_data: AtLeastOne = 60_000
     gamma: NonNegative = 0
     C_z: NonNegative = 0
     C_c: NonNegative = 0
@@ -58,21 +59,33 @@ class JudgePreset(BaseModel, extra='forbid', frozen=True):
     batch: AtLeastOne
     steps: Count
 
-# %% ../nbs/00_settings.ipynb #0d596192
+# %% ../nbs/00_settings.ipynb #096c1dd6
 class AttackPreset(BaseModel, extra='forbid', frozen=True):
-    "An attack; a section `[attack.name]`. `eps`, `noise` in grey values, `step` as a share of `eps`, `pairs` per class pair."
-    objective: Literal['latent']
-    features: Literal['means', 'logits', 'log_probs']
+    """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a norm), `step` as a share of `eps`,
+    `stop` in units of the objective, `pairs` per class pair."""
+    objective: Literal['latent', 'kl', 'reverse_kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'classifier', 'judge']
+    goal: Literal['target', 'away'] = 'target'
+    features: Literal['means', 'logits', 'log_probs', 'codes']
     lam: NonNegative
-    eps: Annotated[float, Field(gt=0, le=1)]
-    optimiser: Literal['adam', 'pgd']
+    ball: Literal['linf', 'l2'] = 'linf'
+    eps: Positive
+    optimiser: Literal['adam', 'pgd', 'apgd', 'lbfgs']
     step: Positive
     steps: Count
     noise: NonNegative
+    restarts: AtLeastOne = 1
+    best: bool = False
+    stop: float | None = None
+    precision: Literal['float32', 'bfloat16'] = 'float32'
     accumulate: bool
     sample: bool
     dropout: bool
     pairs: AtLeastOne
+
+    @model_validator(mode='after')
+    def in_grey_values(self):
+        if self.ball == 'l2' or self.eps <= 1: return self
+        raise ValueError(f'eps = {self.eps:g} is more than the whole range of grey values, which is 1')
 
 # %% ../nbs/00_settings.ipynb #8fe302bb
 def words(text):

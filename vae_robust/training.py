@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'OBJECTIVES', 'WEIGHTS', 'TrainingError', 'minibatches',
            'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'train', 'hashes', 'ship',
            'shipped', 'pretrained']
 
-# %% ../nbs/09_training.ipynb #6f2b4ed3
+# %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +27,7 @@ from .beta_vae import beta_vae, capacity
 from .data import load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, commit, preset, write
+from .total_correlation import factor_vae, tc_vae, with_discriminator
 from .vae import VAE, elbo
 
 # %% ../nbs/09_training.ipynb #b751c0ac
@@ -206,20 +207,22 @@ def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4
             if stop: raise KeyboardInterrupt(f'Stopped after step {step + 1} of {steps}' + (f'; {path} keeps it: the same call goes on.' if path else '.'))
     return pd.DataFrame(curves)
 
-# %% ../nbs/09_training.ipynb #f79d9557
-OBJECTIVES = {'elbo': elbo, 'beta': beta_vae, 'capacity': capacity, 'joint': joint_vae}
+# %% ../nbs/09_training.ipynb #154b890a
+OBJECTIVES = {'elbo': elbo, 'beta': beta_vae, 'capacity': capacity, 'joint': joint_vae, 'tc': tc_vae, 'factor': factor_vae}
 
 def objective(preset):
     "The objective of a `ModelPreset`: a function (model, x, step) -> `Terms` with the preset's constants."
     f = OBJECTIVES[preset.objective]
     return partial(f, **{k: getattr(preset, k) for k in inspect.getfullargspec(f).kwonlyargs})
 
-# %% ../nbs/09_training.ipynb #2b760f98
+# %% ../nbs/09_training.ipynb #4a00f7a1
 def build(preset, channels=1, size=32, seed=0):
-    "An untrained `VAE` with the latents and the likelihood of a `ModelPreset`; its initial weights depend on `seed` alone."
+    """An untrained `VAE` with the latents and the likelihood of a `ModelPreset`, and a discriminator if its objective is 'factor'; its
+    initial weights depend on `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return VAE(preset.n_z, preset.n_c, channels, size, preset.tau, preset.likelihood)
+        model = VAE(preset.n_z, preset.n_c, channels, size, preset.tau, preset.likelihood)
+        return with_discriminator(model) if preset.objective == 'factor' else model
 
 # %% ../nbs/09_training.ipynb #d481416b
 @contextmanager
