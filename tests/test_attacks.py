@@ -1,9 +1,18 @@
-import hypothesis.strategies as st
-import pytest, torch
-from hypothesis import given, settings
+import math
 
-from vae_robust.attacks import (AttackError, adam, attack, latent, log_probs, logits, means, norm, penalised, pgd, project, value_and_gradient)
-from vae_robust.settings import preset
+import hypothesis.strategies as st
+import numpy as np, pytest, torch
+from hypothesis import given, settings
+from scipy.optimize import brentq, linprog, minimize
+from torch import nn
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical, kl_divergence
+
+from vae_robust.attacks import (OBJECTIVES, AttackError, Watched, adam, apgd, attack, best_of, bisect, checkpoints, codes, cross_entropy, divergence,
+                                expected, latent, lbfgs, log_probs, logits, margin, means, negative_bound, norm, objective_of, penalised, pgd,
+                                project, project_l2, reconstruction, smallest_norm, smallest_radius, squared, value_and_gradient, verify,
+                                wasserstein)
+from vae_robust.settings import SettingsError, preset, read_settings
+from vae_robust.vae import VAE, Posterior, parts
 
 images = lambda n, seed: torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -19,13 +28,21 @@ def test_projection_is_inside_ball_and_box_and_the_nearest_point(n, eps, scale, 
     torch.testing.assert_close(p, nearest)
 
 
-@given(st.sampled_from(['pgd', 'adam']), st.floats(.01, 1), st.floats(0, 2), st.integers(0, 5), st.floats(.01, 3), st.booleans(), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
-def test_no_attack_leaves_ball_or_box(optimiser, eps, noise, steps, step, accumulate, seed):
-    x, x_t = images(4, seed), images(4, seed + 1)
-    a = preset('attack.strong', optimiser=optimiser, eps=eps, noise=noise, steps=steps, step=step, accumulate=accumulate, lam=.5)
-    found = attack(lambda x: x.flatten(1)[:, :3], x, x_t, a, progress=False)
-    assert (found.x - x).abs().max() <= eps*(1 + 1e-5) + 1e-7 and found.x.min() >= 0 and found.x.max() <= 1
+@given(st.sampled_from(['adam', 'pgd', 'apgd', 'lbfgs']), st.sampled_from(['linf', 'l2']), st.floats(.01, 1), st.floats(0, 2), st.integers(0, 7),
+       st.floats(.01, 3), st.booleans(), st.integers(1, 3), st.sampled_from([(4,), (1, 3, 5), (1, 8, 8), (3, 2, 2)]), st.sampled_from(['clean', 'nan', 'huge']),
+       st.integers(0, 99))
+@settings(max_examples=150, deadline=None)
+def test_no_attack_leaves_ball_or_box(optimiser, ball, eps, noise, steps, step, switch, restarts, shape, trouble, seed):
+    if optimiser == 'lbfgs': ball = 'linf'
+    g = torch.Generator().manual_seed(seed)
+    x, x_t = torch.rand(3, *shape, generator=g), torch.rand(3, *shape, generator=g)
+    phi = {'clean': lambda x: x, 'nan': lambda x: (x - .4).sqrt(), 'huge': lambda x: 1e30*x**9}[trouble]
+    a = preset('attack.strong', optimiser=optimiser, ball=ball, eps=eps, noise=noise, steps=steps, step=step, accumulate=switch, best=not switch,
+               restarts=restarts, lam=.5)
+    found = attack(lambda x: phi(x).flatten(1)[:, :3], x, x_t.clamp(min=.5), a, progress=False)
+    d = (found.x - x).flatten(1)
+    size = d.abs().amax(1) if ball == 'linf' else d.square().sum(1).sqrt()
+    assert (size <= eps*(1 + 1e-5) + 1e-6).all() and found.x.min() >= 0 and found.x.max() <= 1
 
 
 def linear(seed=0, latents=1):
@@ -128,12 +145,437 @@ def test_the_model_s_parameters_get_no_gradient(model, digits):
     assert all(p.grad is None for p in model.parameters())
 
 
+toy = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+gaussian = lambda net: lambda x: Normal(net(x), .5)
+STRONG = preset('attack.strong', steps=3)
+
+
 @pytest.mark.parametrize('x, x_t, words', [
-    (images(0, 0), images(0, 0), 'empty'),
-    (images(3, 0), images(2, 0), 'same shape'),
-    (images(3, 0)*2, images(3, 0), r'\[0, 1\]'),
-    (images(3, 0)*float('nan'), images(3, 0), 'NaN'),
-    (images(3, 0), images(3, 0) - 1, r'\[0, 1\]'),
+    (images(0, 0), images(0, 0), 'sources is empty'),
+    (images(3, 0), images(2, 0), '3 sources and 2 targets'),
+    (images(3, 0), images(3, 0)[..., :4], 'same shape'),
+    (images(3, 0)*2, images(3, 0), r'Sources must lie in \[0, 1\]'),
+    (images(3, 0)*float('nan'), images(3, 0), 'Sources contain NaN: the first is image 0'),
+    (images(3, 0), torch.cat([images(2, 0), images(1, 0)*float('nan')]), 'Targets contain NaN: the first is image 2'),
+    (images(3, 0), images(3, 0) - 1, r'Targets must lie in \[0, 1\]'),
+    ((images(3, 0)*255).byte(), images(3, 0), 'float images .* not torch.uint8'),
+    (torch.rand(3), torch.rand(3), 'float images'),
+    (images(3, 0), None, 'no targets'),
 ])
 def test_unusable_images_get_one_sentence(x, x_t, words):
-    with pytest.raises(AttackError, match=words): attack(lambda x: x.flatten(1), x, x_t, preset('attack.strong'))
+    with pytest.raises(AttackError, match=words) as e: attack(lambda x: x.flatten(1), x, x_t, STRONG)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('model, keys, kw, words', [
+    (nn.Dropout(), {}, {}, 'Dropout is in training mode'),
+    (nn.Dropout().forward, {}, {}, 'Dropout is in training mode'),
+    (toy(), {}, {'judge': nn.Dropout()}, 'training mode'),
+    (toy(), {}, {'eps': torch.tensor([.1, 0, .1])}, 'radius must be positive, not 0'),
+    (toy(), {}, {'eps': torch.tensor([.1, -1, .1])}, 'radius must be positive, not -1'),
+    (toy(), {'optimiser': 'adam'}, {'eps': torch.full((3,), .1)}, 'one radius'),
+    (toy(), {'objective': 'judge'}, {}, 'objective = judge needs a judge'),
+    (toy(), {'goal': 'away'}, {}, 'needs noise'),
+    (toy(), {'objective': 'kl'}, {}, 'returned a Tensor'),
+    (toy(), {'optimiser': 'lbfgs', 'ball': 'l2'}, {}, 'knows bounds'),
+    (toy(), {}, {'make': lambda *a: lambda xs: xs.sum()}, r'one number per image, \(3,\), not \(\)'),
+    (lambda x: x.detach().flatten(1), {}, {}, 'has no gradient'),
+])
+def test_what_cannot_work_gets_one_sentence(model, keys, kw, words):
+    with pytest.raises(AttackError, match=words) as e:
+        attack(model, images(3, 0), images(3, 1), preset('attack.strong', steps=2, **keys), progress=False, **kw)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('keys', [{'eps': 0}, {'eps': -1}, {'eps': 1.5}, {'eps': 'inf'}, {'objective': 'l3'}, {'ball': 'l1'}, {'restarts': 0}])
+def test_presets_refuse_what_cannot_be_meant(keys):
+    with pytest.raises(SettingsError): preset('attack.strong', **keys)
+    assert preset('attack.l2', eps=1.5).eps == 1.5
+
+
+@pytest.mark.parametrize('ball, step, words', [('linf', .11, 'left its ball: image 2'), ('l2', .02, 'left its ball: image 2'), ('linf', float('nan'), 'ball')])
+def test_verify_names_the_image_and_the_excess(ball, step, words):
+    x = torch.full((4, 1, 8, 8), .5)
+    xs = x.clone(); xs[2] += step
+    with pytest.raises(AttackError, match=words): verify(xs, x, .1, ball)
+    with pytest.raises(AttackError, match='left the box'): verify(x + .51, x, 1.)
+    verify(x + .0999, x, .1), verify(x + .1/8, x, .1, 'l2')
+
+
+# ---------------------------------------------------------------- distances
+
+def posteriors(seed, n=6, d=3, k=4, spread=1.):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *s: spread*torch.randn(*s, generator=g, dtype=torch.double)
+    return [Posterior(Normal(r(n, d), r(n, d).exp()), OneHotCategorical(logits=r(n, k))) for _ in range(2)]
+
+
+@given(st.integers(0, 99), st.floats(.1, 2))
+@settings(max_examples=25, deadline=None)
+def test_divergence_is_torch_s(seed, spread):
+    q, p = posteriors(seed, spread=spread)
+    want = kl_divergence(q.z, p.z).sum(1) + kl_divergence(Categorical(logits=q.c.logits), Categorical(logits=p.c.logits))
+    torch.testing.assert_close(divergence(q, p), want)
+    assert (divergence(q, p) >= 0).all() and divergence(q, q).abs().max() < 1e-12
+    torch.testing.assert_close(divergence(Posterior(Independent(q.z, 1)), Posterior(Independent(p.z, 1))), kl_divergence(q.z, p.z).sum(1))
+
+
+def test_divergence_of_sure_categoricals_stays_finite():
+    one = lambda l: Posterior(Normal(torch.zeros(1, 1), 1.), OneHotCategorical(logits=torch.tensor([l])))
+    assert divergence(one([0., 300.]), one([300., 0.])).item() == 300
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_wasserstein_by_transport(seed):
+    q, p = posteriors(seed, n=1)
+    one_hots = np.eye(4)
+    cost = ((one_hots[:, None] - one_hots[None])**2).sum(-1).ravel()
+    rows = np.vstack([np.kron(np.eye(4), np.ones(4)), np.kron(np.ones(4), np.eye(4))])
+    c = linprog(cost, A_eq=rows, b_eq=np.concatenate([q.c.probs[0], p.c.probs[0]])).fun
+    root = lambda s: torch.diag(s[0]**2)                                                       # Gelbrich's formula with matrices
+    between = lambda a, b: torch.trace(a + b - 2*torch.linalg.cholesky(torch.linalg.cholesky(a).T @ b @ torch.linalg.cholesky(a)))
+    z = (q.z.loc - p.z.loc).square().sum() + between(root(q.z.scale), root(p.z.scale))
+    np.testing.assert_allclose(wasserstein(q, p).item(), z.item() + c, rtol=1e-6)
+    torch.testing.assert_close(wasserstein(q, q), torch.zeros(1, dtype=torch.double))
+
+
+def test_margin_and_cross_entropy():
+    s, y = torch.randn(50, 5), torch.randn(50, 5)
+    for i in range(50):
+        k = y[i].argmax().item()
+        assert margin(s, y)[i] == max(s[i, j] for j in range(5) if j != k) - s[i, k]
+        torch.testing.assert_close(cross_entropy(s, y)[i], -s[i].softmax(0)[k].log())
+
+
+def test_squared_is_the_square_of_the_norm():
+    a, b = images(3, 0), images(3, 1)
+    torch.testing.assert_close(squared(a, b), torch.tensor([((u - v)**2).sum() for u, v in zip(a, b)]))
+
+
+def test_negative_bound_is_chapter_4_s_at_the_expected_code(model, digits, monkeypatch):
+    monkeypatch.setattr(Posterior, 'rsample', expected)
+    rec, kl_z, kl_c = parts(model, digits)
+    J = OBJECTIVES['l_vae'](model, digits, 'means', None)
+    torch.testing.assert_close(J(digits), rec + kl_z.sum(1) + kl_c)
+    q = model.posterior(digits[:8])                                                            # the code of one image, the pixels of another
+    want = kl_divergence(q.z, Normal(0., 1.)).sum(1) + math.log(4) - q.c.entropy() - model.log_likelihood(digits[8:], expected(q))
+    torch.testing.assert_close(OBJECTIVES['l_vae'](model, digits[8:], 'means', None)(digits[:8]), want)
+
+
+# ---------------------------------------------------------------- objectives
+
+@pytest.fixture(scope='module')
+def double():
+    "A VAE in double precision, and judges of features (12 numbers) and of images."
+    torch.manual_seed(0)
+    model = VAE(4, 4).eval().double()
+    model.encode = lambda x: model.encoder(x).split([4, 4, 4], -1)
+    model.log_likelihood = lambda x, code: Independent(Bernoulli(logits=model.decoder(code), validate_args=False), 3).log_prob(x)
+    return model, {'classifier': nn.Linear(8, 10).double().eval(), 'judge': nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).double().eval()}
+
+
+@pytest.mark.parametrize('goal', ['target', 'away'])
+@pytest.mark.parametrize('name, features', [(n, 'codes') for n in OBJECTIVES] + [(n, f) for n in ('latent', 'classifier') for f in ('logits', 'log_probs')])
+def test_gradients_are_those_of_finite_differences(name, features, goal, double):
+    model, judges = double
+    x, x_t, at, u = torch.rand(4, 2, 1, 32, 32, dtype=torch.double)
+    J = objective_of(preset('attack.strong', objective=name, features=features, goal=goal), model, x, x_t, judges.get(name))
+    value, g = value_and_gradient(J, at)
+    with torch.no_grad(): difference = (J(at + 1e-6*u) - J(at - 1e-6*u))/2e-6
+    torch.testing.assert_close((g*u).sum((1, 2, 3)), difference, rtol=1e-3, atol=1e-7)
+    assert value.shape == (2,) and g.abs().max() > 0
+
+
+@pytest.mark.parametrize('name', list(OBJECTIVES))
+def test_objectives_are_what_their_names_say(name, double):
+    model, judges = double
+    x, x_t = torch.rand(2, 3, 1, 32, 32, dtype=torch.double)
+    q, p = model.posterior(x), model.posterior(x_t)
+    g = lambda q: model.decode(torch.cat([q.z.mean, q.c.probs], 1))
+    scores, y = judges['judge'](g(q)), judges['judge'](x_t).argmax(1)
+    want = {'latent': lambda: (codes(model)(x) - codes(model)(x_t)).norm(dim=1), 'kl': lambda: divergence(q, p), 'reverse_kl': lambda: divergence(p, q),
+            'symmetric_kl': lambda: divergence(q, p) + divergence(p, q), 'w2': lambda: wasserstein(q, p), 'output': lambda: (g(q) - g(p)).square().sum((1, 2, 3)),
+            'l_vae': lambda: negative_bound(model)(q, x_t),
+            'classifier': lambda: nn.functional.cross_entropy(judges['classifier'](codes(model)(x)), judges['classifier'](codes(model)(x_t)).argmax(1), reduction='none'),
+            'judge': lambda: torch.stack([torch.cat([s[:k], s[k + 1:]]).max() - s[k] for s, k in zip(scores, y)])}[name]()
+    torch.testing.assert_close(OBJECTIVES[name](model, x_t, 'codes', judges.get(name))(x), want)
+    away = preset('attack.untargeted', objective=name, features='codes')
+    torch.testing.assert_close(objective_of(away, model, x_t, None, judges.get(name))(x), -want)                  # away from x_t as the source
+
+
+def test_every_objective_of_a_preset_exists_and_lowers_itself(model, digits):
+    judge = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
+    for name in read_settings():
+        if not name.startswith('attack.') or name in ('attack.none', 'attack.noise', 'attack.lbfgs'): continue
+        a = preset(name, steps=min(preset(name).steps, 4), noise=min(preset(name).noise, .01), lam=0, accumulate=False, eps=min(preset(name).eps, .01))
+        found = attack(model, digits[:4], digits[4:8], a, judge=judge, progress=False)
+        assert (found.after < found.before).all() or a.optimiser == 'adam', name                 # the thesis's returns its last image, good or bad
+        assert found.nans.sum() == 0 and (found.evaluations == a.restarts*(a.steps + 1)).all()
+
+
+def test_any_callable_is_an_encoder(digits):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 4)).eval()
+    p = preset('attack.strong', eps=8/255)
+    plain = attack(net, digits[:4], digits[4:8], p, progress=False)
+    for encoder in (lambda x: Normal(net(x), .1), lambda x: Independent(Normal(net(x), .1), 1), lambda x: Posterior(Normal(net(x), .1))):
+        torch.testing.assert_close(attack(encoder, digits[:4], digits[4:8], p, progress=False).x, plain.x)
+        kl = attack(encoder, digits[:4], digits[4:8], preset('attack.kl', eps=8/255), progress=False)
+        torch.testing.assert_close(kl.before, plain.before**2/2/.1**2)                        # equal widths
+    assert (plain.after < plain.before).all()
+
+
+def test_a_callable_that_reconstructs_is_an_autoencoder(digits):
+    blur = nn.AvgPool2d(3, 1, 1).eval()
+    assert reconstruction(blur) is blur
+    found = attack(blur, digits[:4], None, preset('attack.damage'), progress=False)
+    assert (norm(blur(found.x) - blur(digits[:4])) > 2*norm(blur(digits[:4] + .1*torch.randn(4, 1, 32, 32).sign()) - blur(digits[:4]))).all()
+
+
+# ---------------------------------------------------------------- balls
+
+@given(st.integers(1, 40), st.floats(.01, 3), st.floats(.01, 100), st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_l2_projection_is_the_nearest_point(n, eps, scale, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.rand(2, 1, 1, n, generator=g, dtype=torch.double), scale*torch.randn(2, 1, 1, n, generator=g, dtype=torch.double)
+    p = project_l2(y, x, eps)
+    d = (p - x).flatten(1).norm(dim=1)
+    assert (d <= eps*(1 + 1e-9)).all() and p.min() >= 0 and p.max() <= 1
+    ends = [(x, x), (x, y.clamp(0, 1)), *((x, torch.rand(x.shape, generator=g, dtype=torch.double)) for _ in range(20))]
+    for a, q in ends:                                                                          # <y - p, q - p> <= 0 for all q in the set
+        q = a + (q - a)*(eps/norm(q - a).clamp(min=eps)).view(-1, 1, 1, 1)
+        assert (((y - p)*(q - p)).sum((1, 2, 3)) <= 1e-8*scale*(1 + n)).all()
+    torch.testing.assert_close(project_l2(p, x, eps), p)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_l2_projection_by_scipy(seed):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.rand(1, 6, generator=g, dtype=torch.double), 2*torch.randn(1, 6, generator=g, dtype=torch.double)
+    c, t = x[0].numpy(), y[0].numpy()
+    found = minimize(lambda p: ((p - t)**2).sum(), c, method='SLSQP', bounds=[(0, 1)]*6, options={'ftol': 1e-14, 'maxiter': 500},
+                     constraints={'type': 'ineq', 'fun': lambda p: .16 - ((p - c)**2).sum()})
+    np.testing.assert_allclose(project_l2(y, x, .4)[0], found.x, atol=2e-5)
+
+
+@pytest.mark.parametrize('projection', [project, project_l2])
+def test_radii_may_differ_between_images(projection):
+    x, far, eps = images(4, 0), torch.randn(4, 1, 8, 8), torch.tensor([.01, .1, .5, 1.])
+    together = projection(far, x, eps.view(-1, 1, 1, 1))
+    torch.testing.assert_close(together, torch.cat([projection(far[i:i + 1], x[i:i + 1], eps[i].item()) for i in range(4)]))
+
+
+def test_a_radius_of_one_is_the_box():
+    far = torch.randn(3, 1, 8, 8)
+    assert torch.equal(project(far, images(3, 0), 1.), far.clamp(0, 1))
+
+
+# ---------------------------------------------------------------- optimisers
+
+@pytest.mark.parametrize('latents', [1, 4])
+@pytest.mark.parametrize('optimiser', [pgd, apgd])
+def test_the_l2_optimum_on_a_linear_encoder(optimiser, latents):
+    w, phi = linear(latents=latents)
+    x, eps = torch.full((1, 1, 8, 8), .5), .3
+    x_t = x + .4*torch.randn(1, 1, 8, 8).sign()
+    W, r = w.T.double().numpy(), (phi(x_t) - phi(x))[0].double().numpy()
+    delta = lambda nu: W.T @ np.linalg.solve(W @ W.T + nu*np.eye(latents), r)                  # least squares in a ball: the secular equation
+    nu = brentq(lambda nu: np.linalg.norm(delta(nu)) - eps, 0, 1e6)
+    loss = latent(phi, x_t)
+    reached = loss(optimiser(loss, x, x, eps, 300, 1., ball='l2'))
+    np.testing.assert_allclose(reached, [np.linalg.norm(W @ delta(nu) - r)], rtol=1e-3)
+
+
+@pytest.mark.parametrize('optimiser, kw', [(apgd, {}), (lbfgs, {}), (adam, {'best': True})])
+def test_the_linf_optimum_on_a_linear_encoder(optimiser, kw):
+    w, phi = linear(latents=4)
+    x = torch.full((1, 1, 8, 8), .5)
+    x_t = x + .4*torch.randn(1, 1, 8, 8).sign()
+    W, r = w.T.double().numpy(), (phi(x_t) - phi(x))[0].double().numpy()
+    want = minimize(lambda d: ((W @ d - r)**2).sum(), np.zeros(64), jac=lambda d: 2*W.T @ (W @ d - r), bounds=[(-.05, .05)]*64, tol=1e-14).fun**.5
+    loss = latent(phi, x_t)
+    np.testing.assert_allclose(loss(optimiser(loss, x, x, .05, 400, .1 if optimiser is adam else 2., **kw)), [want], rtol=5e-3)
+
+
+def test_one_step_of_pgd_is_the_fast_gradient_sign_method(model, digits):
+    x, x_t = digits[:4], digits[4:8]
+    loss = latent(means(model), x_t)
+    step = (x - .1*value_and_gradient(loss, x)[1].sign()).clamp(0, 1)
+    found = attack(model, x, x_t, preset('attack.fgsm', features='means', eps=.1), progress=False).x
+    better = (loss(step) < loss(x)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(found, torch.where(better, step, x))
+
+
+def test_checkpoints_are_the_paper_s():
+    assert checkpoints(100) == [0, 22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_apgd_halves_when_nothing_improves():
+    "On |x - .5| from the optimum's neighbourhood a step of 2 eps overshoots for ever; halving gets close."
+    x = torch.full((1, 1, 1, 1), .47)
+    f = Watched(lambda xs: (xs - .5).abs().flatten(1).sum(1))
+    apgd(f, x, x, .2, 100)
+    assert f.lowest.item() < 1e-3
+
+
+def apgd_of_one(loss, x, eps, steps):
+    "Algorithm 1 of arXiv:2003.01690 for one image, minimising, written with plain numbers; the values along the way."
+    marks, eta, cur, prev, values, best = checkpoints(steps), 2*eps, x, x, [], (math.inf, None, None)
+    improved, reduced, at_mark = 0, True, None
+    for k in range(steps + 1):
+        value, g = value_and_gradient(loss, cur)
+        improved += bool(values and value < values[-1])
+        values.append(value.item())
+        if value < best[0]: best = (value.item(), cur, g)
+        if k in marks[1:]:
+            window = k - max(m for m in marks if m < k)
+            reduced = improved < .75*window or (not reduced and best[0] == at_mark)
+            if reduced: eta, cur, prev, g = eta/2, best[1], best[1], best[2]
+            improved, at_mark = 0, best[0]
+        z = project(cur - eta*g.sign(), x, eps)
+        prev, cur = cur, project(cur + (.75 if k else 1)*(z - cur) + .25*(cur - prev), x, eps)
+    return values
+
+
+def test_apgd_is_the_paper_s_algorithm_for_each_image_on_its_own():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.rand(24, 1, 3, 3, generator=g, dtype=torch.double), 30*torch.randn(9, 5, generator=g, dtype=torch.double)
+    loss = lambda xs: (xs.flatten(1) @ w).sin().sum(1)                                         # full of valleys
+    for steps in (10, 60):
+        f = Watched(loss)
+        apgd(f, x, x, .3, steps)
+        for i in range(24): np.testing.assert_allclose(torch.stack(f.trace)[:, i], apgd_of_one(loss, x[i:i + 1], .3, steps), atol=1e-6)
+
+
+def test_apgd_is_not_worse_than_pgd(model, digits):
+    loss = latent(logits(model), digits[8:])
+    ours, pgds = (loss(f(loss, digits[:8], digits[:8], .02, 50, s)) for f, s in ((apgd, 2.), (pgd, .5)))
+    assert (ours <= 1.01*pgds + 1e-5).all()
+
+
+def test_restarts_are_never_worse(model, digits):
+    for name in ('attack.apgd', 'attack.damage'):
+        once, thrice = (attack(model, digits[:6], digits[6:12], preset(name, steps=4, restarts=r), batch=2, progress=False) for r in (1, 3))
+        assert (thrice.after <= once.after).all() and (thrice.after < once.after).any()
+        assert (thrice.evaluations == 3*once.evaluations).all()
+
+
+def test_best_of_is_per_image_and_nan_never_wins():
+    loss = lambda xs: xs.flatten(1).sum(1).sqrt()
+    a, b = torch.tensor([[1.], [4.], [-1.]]), torch.tensor([[2.], [3.], [5.]])
+    assert best_of([a, b], loss).flatten().tolist() == [1, 3, 5]
+
+
+def test_a_nan_poisons_nobody():
+    "One image of three runs into the square root's NaN at once, and its neighbours do not notice."
+    x = torch.full((3, 1, 2, 2), .5)
+    good = lambda xs: xs.flatten(1).sum(1)
+    bad = lambda xs: torch.cat([good(xs[:1]), (xs[1:2].flatten(1).mean(1) - .45).sqrt() + good(xs[1:2]), good(xs[2:])])
+    for optimiser in (pgd, apgd, adam):
+        f = Watched(bad)
+        found, clean = optimiser(f, x, x, .1, 20, .5), optimiser(good, x, x, .1, 20, .5)
+        assert found.isfinite().all() and torch.equal(found[[0, 2]], clean[[0, 2]])
+        assert f.nans[1] > 0 and f.nans[[0, 2]].sum() == 0
+        assert bad(found).isfinite().all()
+
+
+def test_a_start_without_a_value_is_returned_as_it_is():
+    x = torch.full((2, 1, 2, 2), .5)
+    for optimiser in (pgd, apgd, adam, lbfgs):
+        f = Watched(lambda xs: (xs.flatten(1).sum(1) - 9).log())
+        assert torch.equal(optimiser(f, x, x, .1, 5, .5), x) and f.nans.min() >= 1
+
+
+def test_zero_gradients_are_counted():
+    found = attack(lambda x: 0*x.flatten(1) + 1, images(3, 0), images(3, 1), STRONG, progress=False)
+    assert found.zeros.tolist() == [4]*3 and found.nans.tolist() == [0]*3 and found.evaluations.tolist() == [4]*3
+
+
+def test_adam_returns_the_last_image_and_with_best_the_best():
+    x, target = torch.full((1, 1, 1, 1), .5), torch.full((1, 1, 1, 1), .52)
+    loss = lambda xs: norm(xs - target)
+    f, g = Watched(loss), Watched(loss)
+    last, best = adam(f, x, x, .3, 7, .2), adam(g, x, x, .3, 7, .2, best=True)
+    torch.testing.assert_close(loss(last), f.trace[-1])
+    torch.testing.assert_close(loss(best), torch.stack(f.trace).amin(0))
+    assert loss(best) < loss(last)
+
+
+def test_adam_that_stops_early_returns_images_that_had_got_there():
+    "The first image passes its goal long before the second arrives, and is gone again by then."
+    x, target = torch.full((2, 1, 1, 1), .1), torch.tensor([.15, .6]).view(2, 1, 1, 1)
+    f = Watched(lambda xs: norm(xs - target), stop=.04)
+    assert (norm(adam(f, x, x, 1., 50, .09) - target) <= .04).all() and len(f.trace) < 20
+
+
+@pytest.mark.parametrize('optimiser', ['pgd', 'apgd', 'adam'])
+def test_early_stop(optimiser, digits):
+    p = lambda **kw: preset('attack.strong', optimiser=optimiser, steps=50, step=.05 if optimiser == 'adam' else .5, best=True, eps=1, **kw)
+    full, stopped = (attack(nn.Flatten().eval(), digits[:3], digits[3:6], p(**kw), progress=False, trace=True) for kw in ({}, {'stop': 3.}))
+    assert (stopped.evaluations < full.evaluations).all() and (stopped.after <= 3).all()
+    assert stopped.trace.shape == (3, stopped.evaluations[0])
+
+
+def test_the_trace_has_every_evaluation(digits):
+    found = attack(nn.Flatten().eval(), digits[:5], digits[5:10], STRONG, batch=2, progress=False, trace=True)
+    torch.testing.assert_close(found.trace[:, 0], found.before)
+    torch.testing.assert_close(found.trace.amin(1), found.after)
+    assert found.trace.shape == (5, 4) and attack(nn.Flatten().eval(), digits[:5], digits[5:10], STRONG, progress=False).trace.shape == (5, 0)
+
+
+def test_parameters_are_never_asked_for_gradients():
+    "A layer that refuses: its weight's gradient must not be computed."
+    asked = []
+    w = torch.randn(64, 3, requires_grad=True)
+    w.register_hook(lambda g: asked.append(1))
+    attack(lambda x: x.flatten(1) @ w, images(2, 0), images(2, 1), STRONG, progress=False)
+    assert w.grad is None and not asked
+
+
+def test_bfloat16_gets_as_near(model, digits):
+    fp32, bf16 = (attack(model, digits[:6], digits[6:12], preset('attack.strong', precision=p), progress=False) for p in ('float32', 'bfloat16'))
+    assert not torch.equal(bf16.x, fp32.x)
+    assert bf16.x.dtype == torch.float32 and bf16.after.mean() < fp32.after.mean() + .1*(fp32.before - fp32.after).mean()
+
+
+def test_an_encoder_that_obeys_falls_and_a_constant_one_stands():
+    x, x_t = images(4, 0), images(4, 1)
+    for name in ('strong', 'output', 'l2'):
+        keys = dict(eps=20 if name == 'l2' else 1, steps=60)
+        found = attack(nn.Flatten().eval(), x, x_t, preset(f'attack.{name}', **keys), progress=False)
+        assert (found.after < .05*found.before).all(), name
+        stands = attack(lambda x: 0*x.flatten(1), x, x_t, preset(f'attack.{name}'), progress=False)
+        assert torch.equal(stands.x, x) and stands.zeros.min() > 0
+
+
+# ---------------------------------------------------------------- the smallest change
+
+def test_bisect_finds_each_turning_point():
+    turn = torch.tensor([.1, .33, .9, 2.])
+    xs, value = bisect(lambda v: v[:, None], lambda xs: xs[:, 0] >= turn, torch.zeros(4), torch.ones(4), 15)
+    torch.testing.assert_close(value[:3], turn[:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(xs[:3, 0], value[:3])
+    assert value[3].isnan() and (value[:3] >= turn[:3]).all()
+
+
+def test_smallest_radius_of_a_linear_encoder():
+    w, phi = linear()
+    x = torch.full((3, 1, 8, 8), .5)
+    x_t = .5 + torch.tensor([.02, .1, .4]).view(3, 1, 1, 1)*w.sign().view(1, 1, 8, 8)
+    gap = latent(phi, x_t)(x)
+    halved = lambda xs: latent(phi, x_t)(xs) <= gap/2
+    for name, dual in (('strong', w.abs().sum()), ('l2', w.norm())):
+        r = smallest_radius(phi, x, x_t, preset(f'attack.{name}', eps=1), halved, 10)
+        reach = gap/2/dual <= 1
+        torch.testing.assert_close(r.value[reach], (gap/2/dual)[reach], rtol=.03, atol=2e-3)
+        assert r.value[~reach].isnan().all() and r.size[~reach].isnan().all() and (r.size[reach] <= r.value[reach] + 1e-5).all()
+        assert halved(r.x)[reach].all()
+
+
+def test_smallest_norm_of_a_linear_encoder():
+    w, phi = linear()
+    x, x_t = torch.full((2, 1, 8, 8), .5), .5 + torch.tensor([.02, .05]).view(2, 1, 1, 1)*w.sign().view(1, 1, 8, 8)
+    gap = latent(phi, x_t)(x)
+    r = smallest_norm(phi, x, x_t, preset('attack.lbfgs', objective='output', lam=100), lambda xs: latent(phi, x_t)(xs) <= gap/2, 10)
+    torch.testing.assert_close(r.value, gap*w.norm(), rtol=.05, atol=.2)
+    torch.testing.assert_close(r.size, gap/2/w.norm(), rtol=.03, atol=1e-3)

@@ -6,7 +6,8 @@ from torch import nn
 
 from vae_robust import robustness
 from vae_robust.data import ImageData, load
-from vae_robust.robustness import cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
+from vae_robust.attacks import logits
+from vae_robust.robustness import NETWORKS, exchange_rates, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
 from vae_robust.settings import preset
 
 
@@ -77,7 +78,7 @@ class Exact:
 def exact(monkeypatch, decode):
     "Evaluate an attack on 10 one-hot images with a judge that names the brightest pixel, reconstructing by `decode`."
     monkeypatch.setattr(robustness, 'reconstruct', lambda model, x, sample=False: decode(x))
-    judge = nn.Sequential(nn.Flatten(), nn.Identity())
+    judge = nn.Sequential(nn.Flatten(), nn.Identity()).eval()
     test = ImageData((255*torch.eye(10)).byte().view(10, 1, 1, 10), torch.arange(10))
     return lambda **kw: evaluate(Exact(), judge, preset('attack.strong', features='means', **kw), test, progress=False)
 
@@ -137,3 +138,44 @@ def test_a_cell_is_computed_once_and_only_for_its_own_settings(tmp_path):
 def test_a_cell_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError): cell(tmp_path/'c.csv', {}, lambda: 1/0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_has_a_row_for_each_pair_and_its_counts_are_evaluate_s(model):
+    test, judges = load('digits', 'test'), {'one': lenet().eval(), 'two': lenet().eval()}
+    a = preset('attack.strong', pairs=2, steps=3)
+    t = trial(model, judges, a, test, progress=False)
+    assert len(t) == 180 and (t.source != t.target).all() and (test.y[t.image.tolist()].numpy() == t.source).all()
+    assert (t.objective_after <= t.objective_before).all() and (t.linf <= a.eps + 1e-6).all() and (t.l2 >= t.linf - 1e-6).all()
+    for name, judge in judges.items():
+        mine = counts(t.source, t.target, t[f'{name}_before'], t[f'{name}_after'])
+        pd.testing.assert_frame_equal(mine, evaluate(model, judge, a, test, progress=False))
+
+
+def test_relative_weights_do_not_depend_on_the_units_of_the_code(model):
+    test = load('digits', 'test')
+    x, x_t = (test.x[i:i + 6]/255 for i in (0, 6))
+    a = preset('attack.strong', relative=True, lam=.3)
+    lam = exchange_rates(model, x, x_t, a)
+    before = (logits(model)(x) - logits(model)(x_t)).norm(dim=1)
+    torch.testing.assert_close(lam, .3*before/(x - x_t).flatten(1).norm(dim=1))
+
+
+def test_a_trial_weighs_the_norm_by_pair_if_it_is_relative(model, monkeypatch):
+    seen = []
+    whole = robustness.attack
+    monkeypatch.setattr(robustness, 'attack', lambda *args, **kw: seen.append(kw['lam']) or whole(*args, **kw))
+    for relative in (True, False): trial(model, {'j': lenet().eval()}, preset('attack.strong', pairs=1, steps=1, lam=.3, relative=relative), load('digits', 'test'), progress=False)
+    assert seen[0].shape == (90,) and seen[1] is None
+
+
+@pytest.mark.parametrize('network', NETWORKS)
+def test_judges_are_deterministic_and_know_ten_classes(network):
+    judge, x = NETWORKS[network]().eval(), torch.rand(3, 1, 32, 32)
+    assert judge(x).shape == (3, 10) and torch.equal(judge(x), judge(x))
+
+
+def test_shifted_moves_all_images_by_at_most_two_pixels():
+    torch.manual_seed(0)
+    x = torch.zeros(2, 1, 9, 9); x[..., 4, 4] = 1
+    where = {tuple(shifted(x)[i, 0].nonzero()[0].tolist()) for _ in range(300) for i in (0, 1)}
+    assert where == {(i, j) for i in range(2, 7) for j in range(2, 7)}

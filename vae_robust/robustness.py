@@ -5,9 +5,9 @@ r"""Of the images whose reconstruction was right before the attack, which share 
 # %% auto #0
 __all__ = ['NETWORKS', 'lenet', 'wide', 'normed', 'strided', 'Residual', 'residual', 'Classified', 'cross_entropy', 'shifted',
            'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'pairs', 'cut', 'counts', 'wilson',
-           'rates', 'mean_rate', 'reconstruct', 'evaluate', 'cell']
+           'rates', 'mean_rate', 'reconstruct', 'trial', 'verdicts', 'exchange_rates', 'evaluate', 'cell']
 
-# %% ../nbs/13_robustness.ipynb #8f1f911b
+# %% ../nbs/13_robustness.ipynb #70105ad9
 import json
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import nn, Tensor
 from torch.optim import SGD, Adam
-from .attacks import FEATURES, attack
+from .attacks import attack, objective_of
 from .data import load, pixels
 from .settings import preset, read_table, write
 from .training import WEIGHTS, cosine, fit, identity, keep_memory, load_weights, one_thread, save_weights, shipped
@@ -169,16 +169,40 @@ def reconstruct(model, x, sample=False, batch=1000):
         return torch.cat([q.z.mean, q.c.sample()], -1) if sample and q.c is not None else q.mode
     with torch.no_grad(): return torch.cat([model.decode(code(model.posterior(b))) for b in x.split(batch)])
 
-# %% ../nbs/13_robustness.ipynb #b77d5419
-def evaluate(model, judge, preset, test, seed=0, desc='attack', progress=True):
-    "`counts` of an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`, as `judge` sees them."
+# %% ../nbs/13_robustness.ipynb #a76ccfd8
+def trial(model, judges, preset, test, seed=0, desc='attack', progress=True):
+    """An `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`: a data frame with a row per pair and columns
+    source, target (classes), image (index into `test`), objective_before, objective_after, l2, linf (distances that the image moved) and for
+    each name in `judges` name_before and name_after, the class of the reconstruction. An objective that needs a judge gets the first."""
     index = pairs(test.y, preset.pairs, seed)
     (x, x_t), (source, target) = pixels(test.x[index]).unbind(1), test.y[index].unbind(1)
-    adversarial = attack(FEATURES[preset.features](model), x, x_t, preset, seed=seed, desc=desc, progress=progress).x
+    with one_thread():                                    # the same bytes on any number of cores, and no slower on small networks
+        found = attack(model, x, None if preset.goal == 'away' else x_t, preset, seed=seed, desc=desc, progress=progress, judge=next(iter(judges.values())),
+                       lam=exchange_rates(model, x, x_t, preset) if preset.relative else None)
+    d = (found.x - x).flatten(1)
+    rows = {'source': source, 'target': target, 'image': index[:, 0], 'objective_before': found.before, 'objective_after': found.after,
+            'l2': d.norm(dim=1), 'linf': d.abs().amax(1)}
+    return pd.DataFrame({k: v.numpy() for k, v in (rows | verdicts(model, judges, preset, {'before': x, 'after': found.x}, seed)).items()})
+
+# %% ../nbs/13_robustness.ipynb #fdad8f61
+def verdicts(model, judges, preset, images, seed=0):
+    "What judges see in the reconstructions of images: {judge_when: classes (B,)} for `judges` by name and `images` by when."
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        seen = [judged(judge, reconstruct(model, images, preset.sample), preset.dropout) for images in (x, adversarial)]
-    return counts(source, target, *seen)
+        rebuilt = ((when, reconstruct(model, x, preset.sample)) for when, x in images.items())
+        return {f'{name}_{when}': judged(judge, x, preset.dropout) for when, x in rebuilt for name, judge in judges.items()}
+
+# %% ../nbs/13_robustness.ipynb #013ef585
+def exchange_rates(model, x, x_t, preset):
+    "Weights of the pixel norm for each pair of images, (B,), by (13.3), for `preset.lam` = lambda."
+    with torch.no_grad(): J = torch.cat([objective_of(preset, model, a, t)(a) for a, t in zip(x.split(1000), x_t.split(1000))])
+    return preset.lam*J/(x_t - x).flatten(1).norm(dim=1)
+
+# %% ../nbs/13_robustness.ipynb #6162af90
+def evaluate(model, judge, preset, test, seed=0, desc='attack', progress=True):
+    "`counts` of an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`, as `judge` sees them."
+    rows = trial(model, {'judge': judge}, preset, test, seed, desc, progress)
+    return counts(rows.source, rows.target, rows.judge_before, rows.judge_after)
 
 # %% ../nbs/13_robustness.ipynb #413beb99
 def cell(path, settings, compute):

@@ -59,7 +59,7 @@ class JudgePreset(BaseModel, extra='forbid', frozen=True):
     batch: AtLeastOne
     steps: Count
 
-# %% ../nbs/00_settings.ipynb #096c1dd6
+# %% ../nbs/00_settings.ipynb #1eb020f4
 class AttackPreset(BaseModel, extra='forbid', frozen=True):
     """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a norm), `step` as a share of `eps`,
     `stop` in units of the objective, `pairs` per class pair."""
@@ -67,6 +67,7 @@ class AttackPreset(BaseModel, extra='forbid', frozen=True):
     goal: Literal['target', 'away'] = 'target'
     features: Literal['means', 'logits', 'log_probs', 'codes']
     lam: NonNegative
+    relative: bool = False
     ball: Literal['linf', 'l2'] = 'linf'
     eps: Positive
     optimiser: Literal['adam', 'pgd', 'apgd', 'lbfgs']
