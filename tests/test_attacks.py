@@ -503,9 +503,9 @@ def test_adam_returns_the_last_image_and_with_best_the_best():
 
 def test_adam_that_stops_early_returns_images_that_had_got_there():
     "The first image passes its goal long before the second arrives, and is gone again by then."
-    x, target = torch.full((2, 1, 1, 1), .1), torch.tensor([.15, .6]).view(2, 1, 1, 1)
-    f = Watched(lambda xs: norm(xs - target), stop=.04)
-    assert (norm(adam(f, x, x, 1., 50, .09) - target) <= .04).all() and len(f.trace) < 20
+    x, target = torch.full((2, 1, 1, 1), .1), torch.tensor([.2, .6]).view(2, 1, 1, 1)
+    f = Watched(lambda xs: norm(xs - target), stop=.03)
+    assert (norm(adam(f, x, x, 1., 50, .09) - target) <= .03).all() and len(f.trace) < 20
 
 
 @pytest.mark.parametrize('optimiser', ['pgd', 'apgd', 'adam'])
