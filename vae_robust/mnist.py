@@ -6,12 +6,12 @@
 __all__ = ['thesis', 'trained', 'judge_of', 'results', 'summary', 'matrix', 'show_matrix', 'matrices', 'adversarial_grid',
            'report', 'side_by_side', 'pictures']
 
-# %% ../nbs/14_mnist.ipynb #b23a4dde
+# %% ../nbs/14_mnist.ipynb #2c016f8e
 import json
 from itertools import product
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from .attacks import FEATURES, attack
+from .attacks import attack
 from .data import load, pixels
 from .robustness import cell, evaluate, judged, mean_rate, pairs, pretrained_judge, rates, reconstruct, train_judge
 from .settings import preset, root, save_figure, save_table
@@ -95,12 +95,12 @@ def matrices(table, attack, k='missed'):
     fig.suptitle({'missed': 'AS ignore-target', 'hit': 'AS target'}[k] + f', %, attack {attack}')
     return fig
 
-# %% ../nbs/14_mnist.ipynb #133ef377
+# %% ../nbs/14_mnist.ipynb #5f87682f
 def adversarial_grid(model, a, test, ax, title, seed=0):
     "Draw, for one pair per source class under an `AttackPreset`, source, adversarial image, both reconstructions and the target."
     index = pairs(test.y, 1, seed)[1::10]
     x, x_t = pixels(test.x[index]).unbind(1)
-    xs = attack(FEATURES[a.features](model), x, x_t, a, progress=False).x
+    xs = attack(model, x, x_t, a, progress=False).x
     images = [x, reconstruct(model, x), xs, reconstruct(model, xs), x_t]
     return show_grid(torch.stack(images), ['source', 'its reconstruction', 'adversarial', 'its reconstruction', 'target'], title, ax)
 
