@@ -2,12 +2,13 @@ import math
 
 import hypothesis.strategies as st
 import numpy as np, pytest, torch
+from types import SimpleNamespace
 from hypothesis import given, settings
 from scipy.optimize import brentq, linprog, minimize
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical, kl_divergence
 
-from vae_robust.attacks import (OBJECTIVES, AttackError, Watched, adam, apgd, attack, best_of, bisect, checkpoints, codes, cross_entropy, divergence,
+from vae_robust.attacks import (OBJECTIVES, AttackError, Softened, Watched, adam, apgd, attack, best_of, bisect, checkpoints, codes, cross_entropy, divergence,
                                 expected, latent, lbfgs, log_probs, logits, margin, means, negative_bound, norm, objective_of, penalised, pgd,
                                 project, project_l2, reconstruction, smallest_norm, smallest_radius, squared, value_and_gradient, verify,
                                 wasserstein)
@@ -579,3 +580,43 @@ def test_smallest_norm_of_a_linear_encoder():
     r = smallest_norm(phi, x, x_t, preset('attack.lbfgs', objective='output', lam=100), lambda xs: latent(phi, x_t)(xs) <= gap/2, 10)
     torch.testing.assert_close(r.value, gap*w.norm(), rtol=.05, atol=.2)
     torch.testing.assert_close(r.size, gap/2/w.norm(), rtol=.03, atol=1e-3)
+
+
+def test_softening_changes_the_slope_and_not_the_class():
+    sure = Posterior(Normal(torch.zeros(2, 1), 1.), OneHotCategorical(logits=torch.tensor([[40., 0., 3.], [0., 2., 1.]])))
+    model = SimpleNamespace(posterior=lambda x: sure, encode=lambda x: (sure.z.mean, None, sure.c.logits), decode=lambda code: code, name='own')
+    soft = Softened(model, 10.)
+    assert torch.equal(soft.posterior(None).mode, sure.mode) and soft.name == 'own' and torch.equal(soft.posterior(None).z.mean, sure.z.mean)
+    torch.testing.assert_close(soft.posterior(None).c.probs, (sure.c.logits/10).softmax(-1))
+    torch.testing.assert_close(soft.encode(None)[2], sure.c.logits/10)
+    without = Posterior(Normal(torch.zeros(2, 1), 1.))
+    assert Softened(SimpleNamespace(posterior=lambda x: without), 3.).posterior(None) is without
+
+
+def test_a_soft_attack_gets_through_a_saturated_code():
+    "Two classes, a lead of 200 units of logit: the softmax is flat, the softened one is not."
+    class Sure(torch.nn.Module):
+        def encode(self, x): s = x.flatten(1).sum(1, True); return s.new_zeros(len(x), 1), s.new_zeros(len(x), 1), torch.cat([4000*(s - .5), -4000*(s - .5)], 1)
+        def posterior(self, x): mu, lv, l = self.encode(x); return Posterior(Normal(mu, 1.), OneHotCategorical(logits=l, validate_args=False))
+        def decode(self, code): return code
+        def forward(self, x): return self.decode(self.posterior(x).mode)
+    x, x_t, m = torch.full((1, 1, 1, 1), .55), torch.full((1, 1, 1, 1), .45), Sure().eval()
+    hard, soft = (attack(m, x, x_t, preset('attack.output', soften=T), progress=False) for T in (1, 100))
+    assert hard.zeros.item() > 0 and m(hard.x).argmax() == m(x).argmax()
+    assert m(soft.x).argmax() == m(x_t).argmax()
+
+
+@pytest.mark.parametrize('shape', [(3, 1, 8, 8), (2, 3, 5, 7)])
+def test_the_square_attack_stays_in_the_ball_and_never_gets_worse(shape):
+    torch.manual_seed(0)
+    x, x_t, w = torch.rand(shape), torch.rand(shape), torch.randn(math.prod(shape[1:]), 2)
+    a = attack(lambda x: x.flatten(1) @ w, x, x_t, preset('attack.square', steps=100), progress=False, trace=True)
+    assert (a.after <= a.before).all() and (a.after < a.before).any() and a.zeros.sum() == 0 and a.evaluations.tolist() == [101]*shape[0]
+    assert (a.x - x).abs().max() <= .1 + 1e-6 and a.x.min() >= 0 and a.x.max() <= 1
+    torch.testing.assert_close(a.trace.amin(1), a.after)
+
+
+def test_the_square_attack_finds_the_corner_of_a_one_pixel_image_and_refuses_the_other_ball():
+    x, x_t = torch.full((1, 1, 1, 1), .5), torch.full((1, 1, 1, 1), .9)
+    assert abs(attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', steps=20), progress=False).x.item() - .6) < 1e-6
+    with pytest.raises(AttackError, match='square attack'): attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', ball='l2'), progress=False)

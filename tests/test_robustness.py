@@ -1,14 +1,21 @@
-import json
+import json, math
+from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
-from statistics import NormalDist
+from scipy.stats import t as student
 from torch import nn
+from torch.distributions import Normal
 
 from vae_robust import robustness
 from vae_robust.data import ImageData, load
-from vae_robust.attacks import logits
+from vae_robust.attacks import logits, means
+from vae_robust.robustness import (against_radius, auddc, blind_is_better, bootstrap, diagnose, in_training_mode, interval, jacobians, kept, left_the_ball,
+                                   margins, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, tally, together,
+                                   transfer, welch, without_slope, worst)
 from vae_robust.robustness import NETWORKS, exchange_rates, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
 from vae_robust.settings import preset
+from vae_robust.vae import Posterior
 
 
 @pytest.mark.parametrize('k, n', [(0, 10), (10, 10), (3, 17), (812, 1000)])
@@ -179,3 +186,166 @@ def test_shifted_moves_all_images_by_at_most_two_pixels():
     x = torch.zeros(2, 1, 9, 9); x[..., 4, 4] = 1
     where = {tuple(shifted(x)[i, 0].nonzero()[0].tolist()) for _ in range(300) for i in (0, 1)}
     assert where == {(i, j) for i in range(2, 7) for j in range(2, 7)}
+
+
+def rows(before, after, source=(3, 3, 3, 5), target=(8, 8, 1, 1)):
+    return pd.DataFrame({'source': source, 'target': target, 'j_before': before, 'j_after': after})
+
+
+def test_kept_pairs_of_one_model_and_of_all():
+    one, two = rows([3, 3, 3, 9], [8, 3, 8, 1]), rows([3, 9, 3, 5], [3, 3, 1, 1])
+    assert kept(one, 'j').tolist() == [True, True, True, False]
+    both = together([one, two], 'j')
+    assert both.tolist() == [True, False, True, False]
+    assert tally(one, 'j')[['kept', 'missed', 'hit']].sum().tolist() == [3, 2, 1]
+    assert tally(one, 'j', both)[['kept', 'missed', 'hit']].sum().tolist() == [2, 2, 1]
+
+
+def test_the_worst_case_is_taken_for_each_pair():
+    one, two = rows([3]*4, [8, 3, 3, 3], source=(3,)*4, target=(8, 8, 1, 1)), rows([3]*4, [5, 3, 7, 1], source=(3,)*4, target=(8, 8, 1, 1))
+    assert worst([one, two], 'j').j_after.tolist() == [8, 3, 7, 1]
+    assert worst([two, one], 'j').j_after.tolist() == [8, 3, 7, 1]
+
+
+def test_bootstrap_variance_is_unbiased():
+    rng = np.random.default_rng(1)
+    spread = [bootstrap(rng.normal(0, 1, (1, 4, 1)), classes=False, n=800, seed=s)[1].var() for s in range(400)]
+    assert abs(np.mean(spread) - 1/4) < .03                                # the naive bootstrap gives 3/16
+
+
+def test_bootstrap_draws_classes_for_all_models_together():
+    r = np.add.outer(np.zeros((2, 3)), np.arange(10.))                      # two equal models, classes far apart
+    mean, samples = bootstrap(r)
+    assert mean.tolist() == [4.5, 4.5] and samples[:, 0].std() > .5 and np.abs(samples[:, 0] - samples[:, 1]).max() < 1e-9
+    assert np.ptp(bootstrap(r, classes=False)[1]) < 1e-9
+    low, high = interval(samples)
+    assert (low < 4.5).all() and (high > 4.5).all()
+
+
+def test_one_seed_has_no_spread_over_seeds():
+    assert np.ptp(bootstrap(np.ones((2, 1, 10)))[1]) < 1e-12
+
+
+def test_welch_by_its_formula():
+    a, b = np.array([1., 2, 4, 4, 9]), np.array([2., 3, 3.5])
+    va, vb = a.var(ddof=1)/5, b.var(ddof=1)/3
+    df = (va + vb)**2/(va**2/4 + vb**2/2)
+    half = student.ppf(.975, df)*(va + vb)**.5
+    np.testing.assert_allclose(welch(a, b)[:3], (a.mean() - b.mean(), a.mean() - b.mean() - half, a.mean() - b.mean() + half))
+
+
+@pytest.mark.parametrize('u, v, area', [([], [], .5), ([0], [0], 0), ([.5], [1], .75), ([.5, .2], [0, .4], .2*.7 + .3*.2), ([.3, .6], [.2, .9], .3*.6 + .3*.2 + .4*.1)])
+def test_auddc_by_hand(u, v, area):
+    assert abs(auddc(np.array(u, float), np.array(v, float)) - area) < 1e-12
+
+
+def slow_ssim(a, b, c1=1e-4, c2=9e-4):
+    "(13.6) one window at a time, with numpy's weighted covariance."
+    i = np.arange(11) - 5
+    w = np.exp(-(i[:, None]**2 + i**2)/4.5); w /= w.sum()
+    def one(y, x):
+        p, q = (z[y:y + 11, x:x + 11] for z in (a, b))
+        C = np.cov(p.ravel(), q.ravel(), aweights=w.ravel(), ddof=0)
+        mp, mq = (p*w).sum(), (q*w).sum()
+        return (2*mp*mq + c1)*(2*C[0, 1] + c2)/((mp**2 + mq**2 + c1)*(C[0, 0] + C[1, 1] + c2))
+    return np.mean([one(y, x) for y in range(a.shape[0] - 10) for x in range(a.shape[1] - 10)])
+
+
+def test_ssim_against_a_loop_over_windows():
+    a, b = torch.rand(2, 3, 2, 14, 13, generator=torch.Generator().manual_seed(0))
+    want = [np.mean([slow_ssim(p.double().numpy(), q.double().numpy()) for p, q in zip(x, y)]) for x, y in zip(a, b)]
+    np.testing.assert_allclose(ssim(a, b), want, rtol=1e-3)
+
+
+def test_jacobians_by_finite_differences(model, digits):
+    phi, x, d = means(model), digits[:3].float(), torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    J = jacobians(phi, x)
+    with torch.no_grad(): slope = (phi(x + 1e-2*d) - phi(x - 1e-2*d))/2e-2
+    torch.testing.assert_close((J @ d.flatten(1)[..., None])[..., 0], slope, rtol=5e-2, atol=5e-3)
+    torch.testing.assert_close(spectrum(phi, x).square().sum(1), J.square().sum((1, 2)), rtol=1e-3, atol=1e-6)
+
+
+class Linear(nn.Module):
+    "mu = W x, unit variance scaled by s, decoded to itself."
+    def __init__(self, W, s): super().__init__(); self.W, self.s = W, s
+    def encode(self, x): return x.flatten(1) @ self.W.T, torch.full((len(x), len(self.W)), 2*math.log(self.s)), x.new_zeros(len(x), 0)
+    def posterior(self, x):
+        mu, lv, _ = self.encode(x)
+        return Posterior(Normal(mu, (lv/2).exp()))
+    def decode(self, code): return code
+    def forward(self, x): return self.decode(self.posterior(x).mode)
+
+
+def test_margins_of_a_linear_gaussian_model():
+    W = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    m, x = Linear(W, .5).eval(), torch.rand(2, 1, 4, 4)
+    torch.manual_seed(0)
+    p = stays_within(m, x, 1., n=4000)                                     # a chi-square with two degrees of freedom: 1 - exp(-r^2/2s^2)
+    assert (p - (1 - math.exp(-2))).abs().max() < .03
+    R, bound = margins(m, x, torch.full((2,), .8))
+    z, s = NormalDist().inv_cdf(.8), torch.linalg.svdvals(W)
+    torch.testing.assert_close(R, (.5*z/s[0]).expand(2))
+    torch.testing.assert_close(bound, (.5*z/s.norm()).expand(2))
+
+
+# ---- diagnostics: each fires on what it is for, and is silent on a sound model
+def found(B=8, evaluations=10, zeros=0, nans=0):
+    full = lambda v: torch.full((B,), v)
+    return SimpleNamespace(evaluations=full(evaluations), zeros=full(zeros), nans=full(nans))
+
+
+ball = preset('attack.strong')
+x8 = torch.full((8, 1, 4, 4), .5)
+
+@pytest.mark.parametrize('complaint, silence', [
+    (lambda: in_training_mode(lenet()), lambda: in_training_mode(lenet().eval())),
+    (lambda: stochastic(lenet().train(), lambda y: y, torch.rand(4, 1, 32, 32)), lambda: stochastic(lenet().eval(), lambda y: y, torch.rand(4, 1, 32, 32))),
+    (lambda: without_slope(found(zeros=9)), lambda: without_slope(found(zeros=1))),
+    (lambda: without_slope(found(nans=9)), lambda: without_slope(found())),
+    (lambda: left_the_ball(x8 + .11, x8, ball), lambda: left_the_ball(x8 + .1, x8, ball)),
+    (lambda: left_the_ball(x8*0 + 1.05, x8*0 + 1, ball), lambda: left_the_ball(x8*0 + 1, x8*0 + 1, ball)),
+    (lambda: not_converged(50, 50.6), lambda: not_converged(50, 50.4)),
+    (lambda: not_monotone([.1, .2, .3], [30, 50, 45]), lambda: not_monotone([.1, .2, .3], [30, 50, 49.5])),
+    (lambda: no_better_than_noise(20, 19), lambda: no_better_than_noise(40, 19)),
+    (lambda: blind_is_better(40, 50), lambda: blind_is_better(50, 40))])
+def test_each_diagnosis_fires_and_is_silent(complaint, silence):
+    assert complaint().endswith('.') and complaint()[0].isupper() or complaint()[0].isdigit()
+    assert silence() == ''
+
+
+class Brightest(nn.Module):
+    "Codes are 32x32 images' ten column sums, decoded to themselves: a sound, deterministic model with a slope everywhere."
+    def encode(self, x): return self.see(x)[..., :10].sum(-2).flatten(1), None, x.new_zeros(len(x), 0)
+    def see(self, x): return x
+    def posterior(self, x): return Posterior(Normal(self.encode(x)[0], 1.))
+    def decode(self, code): return code
+    def forward(self, x): return self.decode(self.posterior(x).mode)
+
+
+class Flat(Brightest):
+    "The same, seen through ten grey levels: no slope."
+    def see(self, x): return (10*x).round()/10
+
+
+@pytest.mark.parametrize('model, complaints', [(Brightest(), 0), (Flat(), 2)])
+def test_diagnose_a_sound_model_and_one_that_masks_its_gradient(model, complaints):
+    x = torch.full((20, 1, 32, 32), .4); y = torch.arange(20) % 10
+    for i, k in enumerate(y): x[i, ..., k] = .46
+    test = ImageData((255*x).round().byte(), y)
+    said = diagnose(model.eval(), nn.Identity().eval(), preset('attack.strong', features='means', eps=.1, steps=20, pairs=1), test, radii=(.05, .1))
+    assert len(said) >= complaints and (complaints or not said), said
+    if complaints: assert 'no usable gradient' in said[0] and any('masked' in s for s in said)
+
+
+def test_diagnose_stops_at_a_model_in_training_mode(model):
+    assert [s.split()[0] for s in diagnose(model.train(), lenet().eval(), ball, load('digits', 'test'))] == ['VAE']
+
+
+def test_transfer_and_radius_on_a_model_that_always_falls():
+    x = torch.full((20, 1, 32, 32), .4); y = torch.arange(20) % 10
+    for i, k in enumerate(y): x[i, ..., k] = .46
+    test, a = ImageData((255*x).round().byte(), y), preset('attack.strong', features='means', pairs=1)
+    table = transfer({'one': Brightest().eval(), 'two': Brightest().eval()}, nn.Identity().eval(), a, test)
+    assert (table.values == 100).all()
+    r = against_radius(Brightest().eval(), nn.Identity().eval(), a, test, [.005, .1])
+    assert r.as_ignore.tolist() == [0, 100] and r.as_target.tolist() == [0, 100]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Length', 'Seed', 'Runs', 'RUNS', 'Job', 'values', 'say', 'command', 'data', 'train', 'attack', 'report',
-           'reproduce']
+           'reproduce', 'study']
 
 # %% ../nbs/18_cli.ipynb #622935b4
 import sys
@@ -100,3 +100,14 @@ def report(job: Job = 'job.quick', runs: Runs = RUNS, folder: Annotated[Path | N
 def reproduce(job: Job = 'job.quick', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None):
     "The main job: fetch data, train judge and models, attack, and write every table and figure. Interrupt it when you like; it goes on."
     report(job, runs, folder)
+
+# %% ../nbs/18_cli.ipynb #914b0c8d
+@command
+def study(name: Annotated[str, typer.Argument(help='A study of settings.ini, such as study.primary.')], runs: Runs = RUNS, jobs: Annotated[int, typer.Option(help='Processes; -1: one per core.')] = -1,
+          backend: Annotated[str, typer.Option(help='local, or ray for a cluster.')] = 'local', dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what is to do.')] = False):
+    "Compute the cells of a study that are missing, with the shipped models. Interrupt it when you like; it goes on."
+    from vae_robust import sweep, verdict
+    cells, folder = verdict.cells(read_preset(name)), runs/'study'
+    p = sweep.plan(cells, folder)
+    print(f'{name}: {p["cells"]} cells, {p["done"]} done' + (f', about {p["seconds"]/60:.0f} minutes of one core to go' if p['seconds'] > 0 else ''))
+    if not dry_run: sweep.sweep(cells, verdict.compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))

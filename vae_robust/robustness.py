@@ -5,19 +5,23 @@ r"""Of the images whose reconstruction was right before the attack, which share 
 # %% auto #0
 __all__ = ['NETWORKS', 'lenet', 'wide', 'normed', 'strided', 'Residual', 'residual', 'Classified', 'cross_entropy', 'shifted',
            'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'pairs', 'cut', 'counts', 'wilson',
-           'rates', 'mean_rate', 'reconstruct', 'trial', 'verdicts', 'exchange_rates', 'evaluate', 'cell']
+           'rates', 'mean_rate', 'reconstruct', 'Pairs', 'attacked', 'trial', 'verdicts', 'exchange_rates', 'evaluate',
+           'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval', 'welch', 'against_radius',
+           'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum', 'stays_within', 'margins',
+           'worst', 'transfer', 'in_training_mode', 'stochastic', 'without_slope', 'left_the_ball', 'not_converged',
+           'not_monotone', 'no_better_than_noise', 'blind_is_better', 'diagnose', 'cell']
 
-# %% ../nbs/13_robustness.ipynb #70105ad9
-import json
-from contextlib import contextmanager
+# %% ../nbs/13_robustness.ipynb #fc165ab9
+import json, math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm as gaussian, ttest_ind
 from torch import nn, Tensor
+from torch.func import jacrev, vmap
 from torch.optim import SGD, Adam
-from .attacks import attack, objective_of
+from .attacks import BALLS, attack, features, norm, objective_of
 from .data import load, pixels
 from .settings import preset, read_table, write
 from .training import WEIGHTS, cosine, fit, identity, keep_memory, load_weights, one_thread, save_weights, shipped
@@ -169,19 +173,32 @@ def reconstruct(model, x, sample=False, batch=1000):
         return torch.cat([q.z.mean, q.c.sample()], -1) if sample and q.c is not None else q.mode
     with torch.no_grad(): return torch.cat([model.decode(code(model.posterior(b))) for b in x.split(batch)])
 
-# %% ../nbs/13_robustness.ipynb #a76ccfd8
+# %% ../nbs/13_robustness.ipynb #8d619d5a
+class Pairs(NamedTuple):
+    "Pairs under attack: `index` (P, 2) of source and target in the test set, their classes `y` (P, 2), sources `x`, what the attack `found`."
+    index: Tensor
+    y: Tensor
+    x: Tensor
+    found: NamedTuple
+
+# %% ../nbs/13_robustness.ipynb #157196b4
+def attacked(model, judge, preset, test, seed=0, desc='attack', progress=True):
+    "`Pairs`: an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`. `judge`: for an objective that needs one."
+    index = pairs(test.y, preset.pairs, seed)
+    x, x_t = pixels(test.x[index]).unbind(1)
+    with one_thread():                                    # the same bytes on any number of cores, and no slower on small networks
+        found = attack(model, x, None if preset.goal == 'away' else x_t, preset, seed=seed, desc=desc, progress=progress, judge=judge,
+                       lam=exchange_rates(model, x, x_t, preset) if preset.relative else None)
+    return Pairs(index, test.y[index], x, found)
+
+# %% ../nbs/13_robustness.ipynb #f40b002f
 def trial(model, judges, preset, test, seed=0, desc='attack', progress=True):
     """An `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`: a data frame with a row per pair and columns
-    source, target (classes), image (index into `test`), objective_before, objective_after, l2, linf (distances that the image moved) and for
-    each name in `judges` name_before and name_after, the class of the reconstruction. An objective that needs a judge gets the first."""
-    index = pairs(test.y, preset.pairs, seed)
-    (x, x_t), (source, target) = pixels(test.x[index]).unbind(1), test.y[index].unbind(1)
-    with one_thread():                                    # the same bytes on any number of cores, and no slower on small networks
-        found = attack(model, x, None if preset.goal == 'away' else x_t, preset, seed=seed, desc=desc, progress=progress, judge=next(iter(judges.values())),
-                       lam=exchange_rates(model, x, x_t, preset) if preset.relative else None)
-    d = (found.x - x).flatten(1)
-    rows = {'source': source, 'target': target, 'image': index[:, 0], 'objective_before': found.before, 'objective_after': found.after,
-            'l2': d.norm(dim=1), 'linf': d.abs().amax(1)}
+    source, target (classes), image, aim (their indices in `test`), objective_before, objective_after, l2, linf (distances that the image moved)
+    and for each name in `judges` name_before and name_after, the class of the reconstruction. An objective that needs a judge gets the first."""
+    index, y, x, found = attacked(model, next(iter(judges.values())), preset, test, seed, desc, progress)
+    rows = dict(zip(('source', 'target', 'image', 'aim'), (*y.T, *index.T)))
+    rows |= {'objective_before': found.before, 'objective_after': found.after, 'l2': norm(found.x - x), 'linf': BALLS['linf'].size(found.x - x)}
     return pd.DataFrame({k: v.numpy() for k, v in (rows | verdicts(model, judges, preset, {'before': x, 'after': found.x}, seed)).items()})
 
 # %% ../nbs/13_robustness.ipynb #fdad8f61
@@ -203,6 +220,196 @@ def evaluate(model, judge, preset, test, seed=0, desc='attack', progress=True):
     "`counts` of an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`, as `judge` sees them."
     rows = trial(model, {'judge': judge}, preset, test, seed, desc, progress)
     return counts(rows.source, rows.target, rows.judge_before, rows.judge_after)
+
+# %% ../nbs/13_robustness.ipynb #1a09734e
+def kept(rows, judge):
+    "Which pairs of a `trial` count: those whose source `judge` recognises in its reconstruction."
+    return rows[f'{judge}_before'] == rows.source
+
+# %% ../nbs/13_robustness.ipynb #838f3086
+def together(trials, judge):
+    "Which pairs all `trials`, of the same pairs in the same order, keep."
+    return np.logical_and.reduce([kept(t, judge) for t in trials])
+
+# %% ../nbs/13_robustness.ipynb #62a4f488
+def tally(rows, judge, mask=True):
+    "`counts` of a `trial` as `judge` sees it, of its own kept pairs that are also in `mask`."
+    mine = rows[kept(rows, judge) & mask]
+    return counts(*(mine[c].values for c in ('source', 'target', f'{judge}_before', f'{judge}_after')))
+
+# %% ../nbs/13_robustness.ipynb #68485103
+def bootstrap_weights(k, n, rng, size=()):
+    "`n` x `size` draws of `k` - 1 out of `k` clusters with replacement, (13.4), as weights that sum to one: (n, *size, k). One cluster: always it."
+    return rng.multinomial(k - 1, [1/k]*k, size=(n, *size))/(k - 1) if k > 1 else np.ones((n, *size, 1))
+
+# %% ../nbs/13_robustness.ipynb #bb191884
+def bootstrap(rates, classes=True, n=4000, seed=0):
+    """Mean rates of models, (M,), and `n` bootstrap samples of them, (n, M), from `rates` (M, S, K) of M models with S seeds on K source classes. Seeds are
+    drawn for each model, classes for all together or, with `classes` False, kept as they are."""
+    rates, rng = np.asarray(rates, float), np.random.default_rng(seed)
+    M, S, K = rates.shape
+    seeds = bootstrap_weights(S, n, rng, (M,))
+    each = bootstrap_weights(K, n, rng) if classes else np.full((n, K), 1/K)
+    return rates.mean((1, 2)), np.einsum('nms,msk,nk->nm', seeds, rates, each)
+
+# %% ../nbs/13_robustness.ipynb #fa5f8257
+def interval(samples, level=.95):
+    "The middle `level` of bootstrap samples (n, ...): low and high."
+    return np.quantile(samples, [(1 - level)/2, (1 + level)/2], axis=0)
+
+# %% ../nbs/13_robustness.ipynb #2e76779d
+def welch(a, b, level=.95):
+    "Mean of `a` minus mean of `b` (one number per seed each), the ends of Welch's interval, and the p-value of no difference."
+    t = ttest_ind(a, b, equal_var=False)
+    return np.mean(a) - np.mean(b), *t.confidence_interval(level), t.pvalue
+
+# %% ../nbs/13_robustness.ipynb #9f240bee
+def against_radius(model, judge, preset, test, radii, seed=0):
+    "Both rates (mean over class pairs, percent) of an `AttackPreset` with each of `radii` for eps: a data frame eps, as_ignore, as_target."
+    found = [evaluate(model, judge, preset.model_copy(update={'eps': e}), test, seed, progress=False) for e in radii]
+    return pd.DataFrame([{'eps': e, 'as_ignore': mean_rate(c.missed, c.kept)[0], 'as_target': mean_rate(c.hit, c.kept)[0]} for e, c in zip(radii, found)])
+
+# %% ../nbs/13_robustness.ipynb #80afab36
+def auddc(u, v):
+    "Area under the falling curve through (0, 1), the points (13.5) `u`, `v` (T,) of attacks of several sizes, and (1, 0); in [0, 1], low = easy."
+    u, v = (np.concatenate([[a], np.clip(b, 0, 1), [1 - a]]) for a, b in ((0., u), (1., v)))
+    order = np.argsort(u, kind='stable')
+    return np.trapezoid(np.minimum.accumulate(v[order]), u[order])
+
+# %% ../nbs/13_robustness.ipynb #98017c29
+def distortions(model, x, x_t, xs):
+    "u and v of (13.5) for sources, targets and adversarial images: two (B,)."
+    d = lambda a, b: norm(a - b)
+    before, after, goal = (reconstruct(model, a) for a in (x, xs, x_t))
+    return d(xs, x)/d(x_t, x), d(after, goal)/d(before, goal)
+
+# %% ../nbs/13_robustness.ipynb #740952ab
+def auddcs(model, preset, test, radii, seed=0):
+    "The area `auddc` of each pair, (P,), under an `AttackPreset` with each of `radii` for eps."
+    runs = [attacked(model, None, preset.model_copy(update={'eps': e}), test, seed, progress=False) for e in radii]
+    x_t = pixels(test.x[runs[0].index[:, 1]])
+    uv = np.stack([torch.stack(distortions(model, r.x, x_t, r.found.x)).numpy() for r in runs], -1)
+    return np.array([auddc(*pair) for pair in uv.transpose(1, 0, 2)])
+
+# %% ../nbs/13_robustness.ipynb #5ce54b5f
+def window(width=11, sigma=1.5):
+    "A Gaussian window that sums to one, (1, 1, width, width)."
+    g = torch.exp(-(torch.arange(width) - width//2.)**2/(2*sigma**2))
+    return (g[:, None]*g/g.sum()**2).view(1, 1, width, width)
+
+# %% ../nbs/13_robustness.ipynb #ea28a5c2
+def ssim(a, b):
+    "Structural similarity (13.6) of images a and b (B, C, H, W) with grey values in [0, 1]: (B,), in [-1, 1]. Whole windows only: H, W >= 11."
+    smooth = lambda x: F.conv2d(x.flatten(0, 1).unsqueeze(1), window().to(x))
+    (ma, mb), c1, c2 = (smooth(a), smooth(b)), .01**2, .03**2
+    va, vb, cov = smooth(a*a) - ma*ma, smooth(b*b) - mb*mb, smooth(a*b) - ma*mb
+    s = (2*ma*mb + c1)*(2*cov + c2)/((ma*ma + mb*mb + c1)*(va + vb + c2))
+    return s.unflatten(0, a.shape[:2]).flatten(1).mean(1)
+
+# %% ../nbs/13_robustness.ipynb #fdbfa9df
+def jacobians(phi, x):
+    "Jacobians of `phi`, images (B, ...) to (B, F), at each of images x: (B, F, pixels)."
+    return vmap(jacrev(lambda a: phi(a[None])[0]))(x).flatten(2).detach()
+
+# %% ../nbs/13_robustness.ipynb #fba93ab7
+def spectrum(phi, x):
+    "Singular values of the `jacobians`, largest first: (B, min(F, pixels)); features per grey value, in Euclidean norms."
+    return torch.linalg.svdvals(jacobians(phi, x))
+
+# %% ../nbs/13_robustness.ipynb #8a40ad21
+def stays_within(model, x, r, n=200):
+    "The probability that a code drawn from q(z|x), c at its mode, is decoded within `r` (Euclidean) of the reconstruction, from `n` draws: (B,)."
+    with torch.no_grad():
+        q, own, near = model.posterior(x), model(x), 0
+        rest = q.mode[:, q.z.mean.shape[1]:]
+        for _ in range(n): near = near + (norm(model.decode(torch.cat([q.z.sample(), rest], -1)) - own) <= r)
+    return near/n
+
+# %% ../nbs/13_robustness.ipynb #c37d0ff3
+def margins(model, x, p):
+    "The radii (13.7) up to which images x are r-robust to first order, for p (B,) as `stays_within` gives it: R and its lower bound; < 0 if p < .5."
+    J, sd = jacobians(features(model, 'means'), x), model.posterior(x).z.stddev.detach()
+    z = torch.as_tensor(gaussian.ppf(p.clamp(1e-3, 1 - 1e-3)), dtype=x.dtype)
+    return z/torch.linalg.matrix_norm(J/sd[..., None], 2), z*sd.amin(1)/torch.linalg.matrix_norm(J)
+
+# %% ../nbs/13_robustness.ipynb #5b85942c
+def worst(trials, judge):
+    "Several `trial`s of the same pairs as one, in which a pair counts as missed if it is in any of them, and as hit likewise."
+    target = trials[0].target.values
+    after = np.stack([t[f'{judge}_after'] for t in trials])
+    lost, hit = after != trials[0].source.values, after == target
+    seen = after[lost.argmax(0), np.arange(len(target))]
+    return trials[0].assign(**{f'{judge}_after': np.where(hit.any(0), target, seen)})
+
+# %% ../nbs/13_robustness.ipynb #34d24976
+def transfer(models, judge, preset, test, seed=0):
+    """AS_ignore-target in percent (mean over class pairs that all models keep) of images made for one model (rows) and shown to another
+    (columns), for `models` {name: model}: a data frame."""
+    made = {m: attacked(model, judge, preset, test, seed, progress=False) for m, model in models.items()}
+    index, y, x, _ = next(iter(made.values()))
+    seen = lambda model, a: judged(judge, reconstruct(model, a))
+    all_keep = torch.stack([seen(model, x) == y[:, 0] for model in models.values()]).all(0)
+    rate = lambda p, model: (lambda c: mean_rate(c.missed, c.kept)[0])(counts(*y[all_keep].T, y[all_keep][:, 0], seen(model, p.found.x)[all_keep]))
+    return pd.DataFrame({n: {m: rate(p, model) for m, p in made.items()} for n, model in models.items()})
+
+# %% ../nbs/13_robustness.ipynb #09fa13b7
+def in_training_mode(*modules):
+    "A module in training mode is another function at each call."
+    names = [type(m).__name__ for m in modules if getattr(m, 'training', False)]
+    return f'{names[0]} is in training mode: its answers are random, and failures of the attack may be bad luck.' if names else ''
+
+# %% ../nbs/13_robustness.ipynb #e5689ac9
+def stochastic(model, judge, x):
+    "An output that differs between two calls makes a success a matter of chance."
+    one, two = (judge(model(x)) for _ in range(2))
+    return '' if torch.equal(one, two) else 'Two calls give two answers: average over the randomness, or switch it off, before judging an attack.'
+
+# %% ../nbs/13_robustness.ipynb #a23e573f
+def without_slope(found, share=.05):
+    "Where gradients are zero or not finite an attack stands still, and looks like a robust model."
+    stuck = ((found.zeros + found.nans) > found.evaluations/2).float().mean().item()
+    return f'{100*stuck:.0f} % of the images have no usable gradient in most steps: use another objective, a random start, or attack.square.' if stuck > share else ''
+
+# %% ../nbs/13_robustness.ipynb #61b09aca
+def left_the_ball(xs, x, preset):
+    "A point outside ball or box is no adversarial example."
+    out = ((BALLS[preset.ball].size(xs - x) > preset.eps*(1 + 1e-5) + 1e-6) | (xs.flatten(1).amin(1) < 0) | (xs.flatten(1).amax(1) > 1)).sum().item()
+    return f'{out} images are outside the ball or the box: project after the last step.' if out else ''
+
+# %% ../nbs/13_robustness.ipynb #649e9462
+def not_converged(rate, doubled, by=.5):
+    "If twice the steps succeed more often, in points, the rate says how many steps were taken."
+    return f'Doubling the steps raises the rate from {rate:.1f} to {doubled:.1f} %: take more steps.' if doubled - rate > by else ''
+
+# %% ../nbs/13_robustness.ipynb #643bc54a
+def not_monotone(radii, rates, by=1.):
+    "A larger ball contains the smaller one, so a lower rate (by more than `by` points) means that the attack got worse."
+    fall, at = max((a - b, i) for i, (a, b) in enumerate(zip(rates, rates[1:])))
+    return f'The rate falls by {fall:.1f} points from eps {radii[at]:g} to {radii[at + 1]:g}: the step size or the number of steps does not fit.' if fall > by else ''
+
+# %% ../nbs/13_robustness.ipynb #26365562
+def no_better_than_noise(rate, noise, by=2.):
+    "An attack that beats noise of its own size by less than `by` points has found nothing."
+    return f'The attack reaches {rate:.1f} % and noise of the same size {noise:.1f} %: the gradient is of no use.' if rate - noise < by else ''
+
+# %% ../nbs/13_robustness.ipynb #1d562994
+def blind_is_better(rate, blind, by=1.):
+    "Random search that beats the gradient by more than `by` points says that the gradient misleads."
+    return f'The square attack reaches {blind:.1f} %, with gradients it is {rate:.1f} %: the gradients are masked.' if blind - rate > by else ''
+
+# %% ../nbs/13_robustness.ipynb #2435d624
+def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
+    """What looks wrong with an `AttackPreset` on `model`: a list of sentences, empty if nothing does. `radii`: of the monotonicity check."""
+    rules = [in_training_mode(model, judge)]
+    if rules[0]: return rules                                                  # nothing else means anything then
+    def rate(**kw):
+        c = evaluate(model, judge, preset.model_copy(update=kw), test, seed, progress=False)
+        return mean_rate(c.missed, c.kept)[0]
+    run, own = attacked(model, judge, preset, test, seed, progress=False), rate()
+    rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found), left_the_ball(run.found.x, run.x, preset)]
+    rules += [not_converged(own, rate(steps=2*preset.steps)), not_monotone(radii, [rate(eps=e) for e in radii])]
+    rules += [no_better_than_noise(own, rate(steps=0, noise=1.)), blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps))]
+    return [r for r in rules if r]
 
 # %% ../nbs/13_robustness.ipynb #413beb99
 def cell(path, settings, compute):

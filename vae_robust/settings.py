@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Count', 'AtLeastOne', 'Words', 'Counts', 'KINDS', 'smoke', 'ModelPreset', 'JudgePreset',
-           'AttackPreset', 'words', 'JobPreset', 'SettingsError', 'settings_file', 'read_settings', 'near', 'section',
-           'complaint', 'preset', 'root', 'commit', 'provenance', 'write', 'save_figure', 'save_table', 'read_table']
+           'AttackPreset', 'words', 'JobPreset', 'StudyPreset', 'SettingsError', 'settings_file', 'read_settings',
+           'near', 'section', 'complaint', 'preset', 'root', 'commit', 'provenance', 'write', 'save_figure',
+           'save_table', 'read_table']
 
 # %% ../nbs/00_settings.ipynb #0870e9a9
 import configparser, difflib, json, os, subprocess
@@ -59,18 +60,19 @@ class JudgePreset(BaseModel, extra='forbid', frozen=True):
     batch: AtLeastOne
     steps: Count
 
-# %% ../nbs/00_settings.ipynb #1eb020f4
+# %% ../nbs/00_settings.ipynb #5ab9978a
 class AttackPreset(BaseModel, extra='forbid', frozen=True):
     """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a norm), `step` as a share of `eps`,
-    `stop` in units of the objective, `pairs` per class pair."""
+    `stop` in units of the objective, `soften` a temperature of the logits, `pairs` per class pair."""
     objective: Literal['latent', 'kl', 'reverse_kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'classifier', 'judge']
     goal: Literal['target', 'away'] = 'target'
     features: Literal['means', 'logits', 'log_probs', 'codes']
     lam: NonNegative
     relative: bool = False
+    soften: Positive = 1
     ball: Literal['linf', 'l2'] = 'linf'
     eps: Positive
-    optimiser: Literal['adam', 'pgd', 'apgd', 'lbfgs']
+    optimiser: Literal['adam', 'pgd', 'apgd', 'lbfgs', 'square']
     step: Positive
     steps: Count
     noise: NonNegative
@@ -109,6 +111,25 @@ class JobPreset(BaseModel, extra='forbid', frozen=True):
     def as_many(self):
         if len(self.pairs) == len(self.attacks): return self
         raise ValueError(f'{len(self.attacks)} attacks need as many numbers of pairs, not {len(self.pairs)}')
+
+# %% ../nbs/00_settings.ipynb #c5202854
+class StudyPreset(BaseModel, extra='allow', frozen=True):
+    """Models (sections) x seeds x attacks (sections) x every combination of the values of further keys, which belong to an attack preset.
+    `judges` are sections, the first is the one that an attack may use; `pairs` of images per ordered class pair. `axes`: the further keys, each
+    with its values, {key: (text, ...)}. A section `[study.name]`."""
+    models: Words
+    seeds: Counts
+    attacks: Words
+    judges: Words
+    pairs: AtLeastOne
+
+    @property
+    def axes(self): return {k: words(v) for k, v in self.model_extra.items()}
+
+    @model_validator(mode='after')
+    def keys_of_an_attack(self):
+        for k in self.model_extra.keys() - AttackPreset.model_fields: raise ValueError(f'{k}: no key of an attack; {near(k, AttackPreset.model_fields)}')
+        return self
 
 # %% ../nbs/00_settings.ipynb #7dd2fa4e
 class SettingsError(ValueError):
@@ -155,12 +176,12 @@ def complaint(error, where, file, kind):
     if e['type'] == 'extra_forbidden': return f'{at} {key}: unknown key; {near(key, kind.model_fields)}'
     return f'{at} {key} = {e["input"]}: {e["msg"].lower()}.'
 
-# %% ../nbs/00_settings.ipynb #9628a096
-KINDS = {'attack': AttackPreset, 'judge': JudgePreset, 'job': JobPreset}
+# %% ../nbs/00_settings.ipynb #a67650f2
+KINDS = {'attack': AttackPreset, 'judge': JudgePreset, 'job': JobPreset, 'study': StudyPreset}
 
 def preset(name, *overlays, file=None, **overrides):
     """The preset in section `name`, with the sections `overlays` and then the keyword `overrides` laid over it.
-    A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`) or `JobPreset` (`job.*`); raises `SettingsError`."""
+    A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`), `JobPreset` (`job.*`) or `StudyPreset` (`study.*`); raises `SettingsError`."""
     file, sections = Path(file or settings_file()), read_settings(file)
     found = {k: v for s in (name, *overlays) for k, v in section(s, sections, file.name).items()}
     found |= {k: (v, 'command line') for k, v in overrides.items()}

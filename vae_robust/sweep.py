@@ -112,10 +112,12 @@ def clock(settings, seconds, folder):
     "Note how long a cell took, in a file of its own."
     with open(Path(folder)/'seconds.jsonl', 'a') as f: f.write(line({'cell': key(settings), 'seconds': round(seconds, 2), 'settings': settings}) + '\n')
 
-# %% ../nbs/17_sweep.ipynb #08666105
+# %% ../nbs/17_sweep.ipynb #26d27160
 def collected(cells, folder):
-    "The answers of `cells` that are in `folder`, one below the other, each with its settings as columns."
-    return pd.concat([answer(c, folder).assign(**c) for c in cells if answer(c, folder) is not None], ignore_index=True)
+    "The answers of `cells` that are in `folder`, one below the other, each with its settings as columns (lists and dicts as JSON)."
+    column = lambda v: line(v) if isinstance(v, (dict, list)) else v
+    found = [(c, answer(c, folder)) for c in cells]
+    return pd.concat([table.assign(**{k: column(v) for k, v in c.items()}) for c, table in found if table is not None], ignore_index=True)
 
 # %% ../nbs/17_sweep.ipynb #55c4e8bc
 def plan(cells, folder, jobs=1, like=('seed',)):
