@@ -5,8 +5,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
-JOB ?= job.quick
-PEERS = pythae==0.1.2 imageio cloudpickle
+JOB ?= job.main
+PEERS = pythae==0.1.2 imageio==2.38.1 cloudpickle==3.1.2 \
+	foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 \
+	torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 cleverhans==4.0.0
 
 .PHONY: run test lab export bench clean setup
 .DEFAULT_GOAL := run
@@ -24,9 +26,13 @@ export: $(READY)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 
-bench: $(READY)
-	@test -d .bench/pythae || $(BIN)/python -m pip install --quiet --no-deps --target .bench $(PEERS)
+bench: .bench/.ready
 	PYTHONPATH=.bench $(BIN)/python tests/bench.py
+	PYTHONPATH=.bench $(BIN)/python tests/bench_attacks.py $(BENCH)
+
+.bench/.ready: Makefile $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .bench $(PEERS)
+	@touch $@
 
 setup: $(READY)
 

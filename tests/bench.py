@@ -124,15 +124,16 @@ def machine():
     return f'{cpu}, one pinned core of {os.cpu_count()}, torch {torch.__version__}'
 
 
-def in_a_process(name):
-    pin = ['taskset', '-c', '0'] if platform.system() == 'Linux' else []
-    run = subprocess.run([*pin, sys.executable, __file__, name], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    if run.returncode: raise SystemExit(f'{name} failed:\n{run.stderr}')
-    return float(run.stdout.split()[-1])
+def in_a_process(*args, script=__file__, core=0):
+    "The numbers in the last line that `script` prints for `args`, on one thread and one pinned core."
+    pin = ['taskset', '-c', str(core)] if platform.system() == 'Linux' else []
+    run = subprocess.run([*pin, sys.executable, script, *map(str, args)], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    if run.returncode: raise SystemExit(f'{args} failed:\n{run.stderr}')
+    return [float(word) for word in run.stdout.splitlines()[-1].split()]
 
 
 def main():
-    speeds = pd.DataFrame([{name: in_a_process(name) for name in PROGRAMS} for _ in range(REPEATS)])
+    speeds = pd.DataFrame([{name: in_a_process(name)[0] for name in PROGRAMS} for _ in range(REPEATS)])
     table = pd.DataFrame({'program': speeds.columns, 'images/s': speeds.median().values, 'lowest': speeds.min().values, 'highest': speeds.max().values})
     table['ratio to DataLoader + PIL'] = (speeds.T/speeds['DataLoader + PIL']).T.median().values
     save_table(table, 'bench_training', batch=BATCH, steps=STEPS, repeats=REPEATS, machine=machine(), seconds_per_step_for_data=round(waiting_share(), 6))

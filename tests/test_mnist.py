@@ -1,10 +1,13 @@
-import json
+import json, math
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
+from torch.distributions import Normal, OneHotCategorical
 
 from vae_robust import mnist
-from vae_robust.mnist import matrix, report, results, summary, thesis
+from vae_robust.data import ImageData
+from vae_robust.vae import Posterior
+from vae_robust.mnist import matrix, portrait, report, results, summary, thesis
 from vae_robust.settings import preset, read_table
 
 
@@ -27,7 +30,7 @@ def job(tmp_path_factory):
 
 def test_the_job_leaves_every_table_and_figure_with_its_provenance(job):
     p, runs, figures, table, _ = job
-    want = {'means.csv', 'means.md', 'pairs.csv', 'pairs.md', 'traversals.png', 'adversarial.png'}
+    want = {'means.csv', 'means.md', 'pairs.csv', 'pairs.md', 'models.csv', 'models.md', 'traversals.png', 'adversarial.png'}
     assert {f.name for f in figures.iterdir()} == want | {f'matrix_{a.split(".")[1]}.png' for a in p.attacks}
     for name in ('means.csv', 'pairs.csv'):
         facts = json.loads((figures/name).read_text().splitlines()[0][2:])
@@ -61,3 +64,22 @@ def test_summary_sets_the_thesis_beside_its_own_attack_only():
     s = summary(pd.DataFrame(rows)).set_index(['attack', 'model'])
     assert s.loc[('thesis', 'disentangled'), 'as_ignore_thesis'] == '36.6 / 36.9' and s.loc[('none', 'entangled'), 'as_ignore_thesis'] == ''
     assert s.loc[('none', 'entangled'), 'as_ignore'] == 50 and s.loc[('none', 'entangled'), 'as_target'] == 20
+
+
+def test_a_portrait_of_a_model_known_by_hand():
+    "A posterior N(x_0, 1) and the class written in the code; the decoder gives every pixel 1/2."
+    class Toy(torch.nn.Module):
+        n_c = 10
+        def posterior(self, x): return Posterior(Normal(x[:, 0, 0, :1].expand(-1, 2), 1.), OneHotCategorical(logits=50*x[:, 0, 1, :10]))
+        def decode(self, code): return torch.full((len(code), 1, 32, 32), .5)
+        def log_likelihood(self, x, code): return torch.full((len(x),), -1024*math.log(2))
+        def forward(self, x): return self.decode(self.posterior(x).mode)
+    x, y = torch.zeros(40, 1, 32, 32, dtype=torch.uint8), torch.arange(40) % 10
+    x[:, 0, 0, 0] = 255*(torch.arange(40) % 2)
+    x[torch.arange(40), 0, 1, (y + 3) % 10] = 255
+    judge = lambda a: torch.nn.functional.one_hot(torch.zeros(len(a), dtype=torch.long), 10)
+    judge.train = judge.eval = lambda *_: None
+    p = portrait(Toy(), judge, ImageData(x, y), n=5, K=20)
+    want = {'rec': 1024*math.log(2), 'kl_z': 2*.5*.5, 'kl_c': math.log(10), 'active': 2, 'accuracy': 100, 'recognised': 10}
+    for k, v in want.items(): assert abs(p[k] - v) < 1e-2, k
+    assert p['kl_per_latent'] == '0.25 0.25' and p['log_p'] < -1024*math.log(2) + 5

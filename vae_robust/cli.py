@@ -69,45 +69,48 @@ def train(name: Annotated[str, typer.Argument(help='A section of settings.ini, s
     training.train(p, folder, seed)
     print(f'{name}, seed {seed}, {p.steps} steps: {folder/"weights.safetensors"}')
 
-# %% ../nbs/18_cli.ipynb #c304e4ef
+# %% ../nbs/18_cli.ipynb #c43d7892
 @command
 def attack(name: Annotated[str, typer.Argument(help='A model, such as mnist.disentangled.')],
            attack: Annotated[str, typer.Argument(help='An attack, such as attack.strong.')] = 'attack.strong',
-           judge: Annotated[str, typer.Option(help='A judge.')] = 'judge.quick', length: Length = 'train.quick', seed: Seed = 0, set: Set = None,
+           judge: Annotated[str, typer.Option(help='A judge; shipped, if the model is.')] = 'judge.residual', length: Annotated[str, typer.Option(help="'shipped', or a train preset laid over the model.")] = 'shipped', seed: Seed = 0, set: Set = None,
            runs: Runs = RUNS):
-    "Attack a model (trained first if need be) and print both success rates for every pair of classes."
+    "Attack a shipped model (or one that is trained first) and print both success rates for every pair of classes."
     from vae_robust import mnist, robustness
     a, (model, p) = read_preset(attack, **values(set)), mnist.trained(name, length, seed, runs)
-    judge = robustness.train_judge(read_preset(judge), runs/judge)
+    judge = robustness.pretrained_judge(judge.replace('.', '/')) if length == 'shipped' else robustness.train_judge(read_preset(judge), runs/judge)
     table = robustness.rates(robustness.evaluate(model, judge, a, mnist.load(p.data, 'test'), desc=f'{name}: {attack}'))
     print(table.to_markdown(index=False, floatfmt='.1f'))
     print('mean AS ignore-target {:.1f} % ({:.1f} to {:.1f})'.format(*robustness.mean_rate(table.missed, table.kept)))
 
-# %% ../nbs/18_cli.ipynb #98c85fb5
-Job = Annotated[str, typer.Option(help='A job of settings.ini: job.quick, job.smoke.')]
+# %% ../nbs/18_cli.ipynb #388c3a86
+Job = Annotated[str, typer.Option(help='A job of settings.ini: job.main, job.quick, job.smoke.')]
 
-# %% ../nbs/18_cli.ipynb #be338b3e
+# %% ../nbs/18_cli.ipynb #39bc1fee
 @command
-def report(job: Job = 'job.quick', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None):
+def report(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None):
     "Print the results that a job has, and write its tables and figures."
     from vae_robust import mnist
     _, means = mnist.report(read_preset(job), runs, folder)
     print(means.to_markdown(index=False, floatfmt='.1f'))
     print(f'Tables and figures: {folder or root()/"figures"}')
 
-# %% ../nbs/18_cli.ipynb #5cac968b
+# %% ../nbs/18_cli.ipynb #f1130cf7
 @command
-def reproduce(job: Job = 'job.quick', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None):
+def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None):
     "The main job: fetch data, train judge and models, attack, and write every table and figure. Interrupt it when you like; it goes on."
     report(job, runs, folder)
 
-# %% ../nbs/18_cli.ipynb #914b0c8d
+# %% ../nbs/18_cli.ipynb #f1e258e8
 @command
 def study(name: Annotated[str, typer.Argument(help='A study of settings.ini, such as study.primary.')], runs: Runs = RUNS, jobs: Annotated[int, typer.Option(help='Processes; -1: one per core.')] = -1,
-          backend: Annotated[str, typer.Option(help='local, or ray for a cluster.')] = 'local', dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what is to do.')] = False):
-    "Compute the cells of a study that are missing, with the shipped models. Interrupt it when you like; it goes on."
+          backend: Annotated[str, typer.Option(help='local, or ray for a cluster.')] = 'local', dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what is to do.')] = False,
+          figures: Annotated[Path | None, typer.Option(help='Where the table goes.')] = None):
+    "Compute the cells of a study that are missing, with the shipped models, and write its table to figures/. Interrupt it when you like; it goes on."
     from vae_robust import sweep, verdict
     cells, folder = verdict.cells(read_preset(name)), runs/'study'
     p = sweep.plan(cells, folder)
     print(f'{name}: {p["cells"]} cells, {p["done"]} done' + (f', about {p["seconds"]/60:.0f} minutes of one core to go' if p['seconds'] > 0 else ''))
-    if not dry_run: sweep.sweep(cells, verdict.compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))
+    if dry_run: return
+    sweep.sweep(cells, verdict.compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))
+    verdict.publish(name.removeprefix('study.'), lambda c: sweep.answer(c, folder), figures)

@@ -240,9 +240,9 @@ def blob(x, y, rng):
     image[q[on, 1], q[on, 0]] = ((w - w.min())/(w.max() - w.min()))[on]
     return image
 
-# %% ../nbs/01_data.ipynb #53f9cac8
+# %% ../nbs/01_data.ipynb #d68e081a
 def blobs(part):
-    "Gaussian blobs, uint8 (N, 1, 32, 32), and the classes of their x and y, int64 (N, 2): N = 2,500 for training and 625 for testing."
+    "Gaussian blobs (1.7), uint8 (N, 1, 32, 32), and the classes of their x and y, int64 (N, 2): N = 2,500 for training and 625 for testing."
     copies, rng = {'train': (4, np.random.default_rng(0)), 'test': (1, np.random.default_rng(1))}[part]
     y = np.tile(np.indices((25, 25)).reshape(2, -1).T, (copies, 1))
     x = np.stack([blob(*(4 + k), rng) for k in y])
