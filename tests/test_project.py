@@ -40,8 +40,8 @@ def test_commands_of_the_readme_exist():
     for name in re.findall(r'\b(?:mnist|digits|attack|job|judge)\.[a-z_]+\b(?!\.py)', shell): preset(name)
 
 
-def test_the_readme_s_example_runs(tmp_path, monkeypatch):
-    example, = fences('python')
+@pytest.mark.parametrize('example', fences('python'))
+def test_the_readme_s_examples_run(example, tmp_path, monkeypatch):
     assert len(example.strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     exec(compile(example, 'README.md', 'exec'), scope := {})
