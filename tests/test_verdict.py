@@ -1,10 +1,14 @@
 import pandas as pd, pytest, torch
 
+from torch.distributions import Normal
+
 from vae_robust import verdict
-from vae_robust.data import load
+from vae_robust.data import ImageData, load
 from vae_robust.settings import preset
 from vae_robust.sweep import collected, sweep
-from vae_robust.verdict import by_seed, cells, compare, compute, publish, results, slopes, tidy
+from vae_robust.vae import Posterior
+from vae_robust.verdict import (by_seed, cells, circumstances, compare, compute, dosed, folder_of, inherited, likeness, publish, respond, results, slopes,
+                                tidy, varied)
 
 
 def test_a_cell_says_all_that_its_answer_depends_on():
@@ -78,3 +82,60 @@ def test_slopes_of_a_linear_encoder():
     x, x_t = torch.rand(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     d = ((x - x_t).flatten(1) @ w)
     torch.testing.assert_close(slopes(lambda x: x.flatten(1) @ w, x, x_t, preset('attack.strong')), ((d/d.norm(dim=1, keepdim=True)) @ w.T).norm(dim=1))
+
+
+@pytest.fixture
+def grown(study, tmp_path, monkeypatch):
+    "A published study of two attacks, and (its preset, what `inherited` sees in it)."
+    monkeypatch.setattr(verdict, 'preset', lambda name, **kw: study[0] if name.startswith('study') else preset(name, **kw))
+    publish('toy', study[1], tmp_path)
+    return study[0], tmp_path/'study_toy.csv'
+
+
+def test_a_table_that_grows_keeps_what_it_has(grown):
+    s, path = grown
+    now, old = circumstances(s), results('toy', path.parent)
+    pd.testing.assert_frame_equal(inherited(path, now, set()), old)
+    assert set(inherited(path, now, {('disentangled', 0, 'strong')}).groupby(['model', 'attack']).size().index) == set(old.groupby(['model', 'attack']).size().index) - {('disentangled', 'strong')}
+    assert len(inherited(path.with_name('none.csv'), now, set())) == 0
+
+
+@pytest.mark.parametrize('change, left', [({'study': {}}, set()), ({'weights': {'mnist.disentangled/0': 'other'}}, {'entangled'}),
+                                          ({'attacks': {'attack.strong': {}, 'attack.none': {}, 'attack.noise': {}}}, {'disentangled', 'entangled'})])
+def test_nothing_is_taken_over_from_other_circumstances(grown, change, left):
+    s, path = grown
+    rows = inherited(path, circumstances(s) | change, set())
+    assert set(rows.model) == left if len(rows) else not left
+    if 'attacks' in change: assert set(rows.attack) == {'worst'}
+
+
+def test_a_series_trains_its_models_once_and_tells_them_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, 'load', lambda name, split: load('digits', split))
+    monkeypatch.setattr(verdict, 'portrait', lambda *a, **kw: {'rec': 1.})
+    d = preset('dose.beta', train='train.smoke', seeds='0, 1', beta='1, 4', attacks='attack.noise', pairs=1)
+    monkeypatch.setattr(verdict, 'preset', lambda name, *a, **kw: d if name == 'dose.beta' else preset(name, *a, **kw | ({'data': 'digits'} if name == 'mnist.beta' else {})))
+    series = varied(d)
+    assert [(c['seed'], c['set']['beta'], c['values'].get('beta', 1)) for c in series] == [(0, '1', 1), (0, '4', 4), (1, '1', 1), (1, '4', 4)]
+    answers = {folder_of(c, tmp_path): respond(c, tmp_path) for c in series}
+    assert len(answers) == 4 and all((f/'weights.safetensors').exists() for f in answers)
+    table = dosed(['beta'], lambda c: answers.get(folder_of(c, tmp_path)), tmp_path)
+    assert table[['dose', 'key', 'value', 'seed']].values.tolist() == [['beta', 'beta', v, s] for v in (1, 4) for s in (0, 1)]
+    assert table.udr.between(0, 1).all() and {'as_noise', 'J_noise', 'slope', 'margin', 'error', 'tc'} <= set(table)
+    monkeypatch.setattr(verdict, 'train', None)
+    with pytest.raises(TypeError): respond(series[0], tmp_path)                        # the model comes from train and nowhere else
+
+
+def test_likeness_of_a_linear_model():
+    "mu = Wx, sigma = 1/2, decoder W^T: slopes are singular values; orthonormal rows: the error is what the projection leaves out."
+    W = torch.linalg.qr(torch.randn(1024, 3, generator=torch.Generator().manual_seed(0)))[0].T
+    class Linear:
+        n_c = 0
+        encode = lambda self, x: (x.flatten(1) @ W.T*4,)
+        posterior = lambda self, x: Posterior(Normal(x.flatten(1) @ W.T*4, .5))
+        decode = lambda self, code: (code/4 @ W).view(-1, 1, 32, 32)
+        __call__ = lambda self, x: self.decode(self.posterior(x).mode)
+    x = torch.randint(256, (1000, 1, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    found = likeness(Linear(), ImageData(x, torch.arange(1000) % 10), n=5)
+    left = (x.flatten(1)/255) - (x.flatten(1)/255) @ W.T @ W
+    assert abs(found['slope'] - 4) < 1e-3 and abs(found['slope_sd'] - 8) < 1e-3 and found['sd'] == .5 and abs(found['error'] - left.norm(dim=1).mean()) < 1e-3
+    assert found['tc'] < .02 and found['margin'] > 0

@@ -8,7 +8,7 @@ __all__ = ['app', 'Set', 'Length', 'Seed', 'Runs', 'RUNS', 'Job', 'values', 'say
 
 # %% ../nbs/20_cli.ipynb #622935b4
 import sys
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -103,14 +103,16 @@ def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path |
 
 # %% ../nbs/20_cli.ipynb #f1e258e8
 @command
-def study(name: Annotated[str, typer.Argument(help='A study of settings.ini, such as study.primary.')], runs: Runs = RUNS, jobs: Annotated[int, typer.Option(help='Processes; -1: one per core.')] = -1,
+def study(name: Annotated[str, typer.Argument(help='A study or a series of settings.ini, such as study.primary or dose.beta.')], runs: Runs = RUNS, jobs: Annotated[int, typer.Option(help='Processes; -1: one per core.')] = -1,
           backend: Annotated[str, typer.Option(help='local, or ray for a cluster.')] = 'local', dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what is to do.')] = False,
           figures: Annotated[Path | None, typer.Option(help='Where the table goes.')] = None):
-    "Compute the cells of a study that are missing, with the shipped models, and write its table to figures/. Interrupt it when you like; it goes on."
+    "Compute the cells of a study that are missing, and write its table to figures/: attacks on shipped models, or a series of models. Interrupt it when you like; it goes on."
     from vae_robust import sweep, verdict
-    cells, folder = verdict.cells(read_preset(name)), runs/'study'
-    p = sweep.plan(cells, folder)
+    dose, folder, answer = name.startswith('dose.'), runs/'study', lambda c: sweep.answer(c, runs/'study')
+    cells, compute = (verdict.varied, partial(verdict.respond, runs=runs)) if dose else (verdict.cells, verdict.compute)
+    p = sweep.plan(cells := cells(read_preset(name)), folder)
     print(f'{name}: {p["cells"]} cells, {p["done"]} done' + (f', about {p["seconds"]/60:.0f} minutes of one core to go' if p['seconds'] > 0 else ''))
     if dry_run: return
-    sweep.sweep(cells, verdict.compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))
-    verdict.publish(name.removeprefix('study.'), lambda c: sweep.answer(c, folder), figures)
+    sweep.sweep(cells, compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))
+    if dose: verdict.publish_doses(lambda c: answer({k: v for k, v in c.items() if k != 'dose'}), runs, figures)
+    else: verdict.publish(name.removeprefix('study.'), answer, figures)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Count', 'AtLeastOne', 'Words', 'Counts', 'KINDS', 'smoke', 'ModelPreset', 'JudgePreset',
-           'AttackPreset', 'words', 'JobPreset', 'StudyPreset', 'SettingsError', 'settings_file', 'read_settings',
-           'near', 'section', 'complaint', 'preset', 'root', 'commit', 'provenance', 'write', 'save_figure',
-           'save_table', 'read_table']
+           'AttackPreset', 'words', 'JobPreset', 'StudyPreset', 'DosePreset', 'SettingsError', 'settings_file',
+           'read_settings', 'near', 'section', 'complaint', 'preset', 'root', 'commit', 'provenance', 'write',
+           'save_figure', 'save_table', 'read_table']
 
 # %% ../nbs/00_settings.ipynb #0870e9a9
 import configparser, difflib, json, os, subprocess
@@ -42,7 +42,7 @@ class ModelPreset(BaseModel, extra='forbid', frozen=True):
     C_c: NonNegative = 0
     C_steps: AtLeastOne = 1
     lr: Positive
-    schedule: Literal['constant', 'cosine'] = 'constant'
+    schedule: Literal['constant', 'cosine', 'warm'] = 'constant'
     weight_decay: NonNegative
     batch: AtLeastOne
     steps: Count
@@ -131,6 +131,25 @@ class StudyPreset(BaseModel, extra='allow', frozen=True):
         for k in self.model_extra.keys() - AttackPreset.model_fields: raise ValueError(f'{k}: no key of an attack; {near(k, AttackPreset.model_fields)}')
         return self
 
+# %% ../nbs/00_settings.ipynb #95fe6ec8
+class DosePreset(BaseModel, extra='allow', frozen=True):
+    """A model (section) under a train preset x seeds x every combination of the values of further keys, which belong to a model preset; each under all
+    `attacks` (sections), with `pairs` of images per ordered class pair and one `judge` (section). `axes` as in a `StudyPreset`. A section `[dose.name]`."""
+    model: str
+    train: str
+    seeds: Counts
+    attacks: Words
+    judge: str
+    pairs: AtLeastOne
+
+    @property
+    def axes(self): return {k: words(v) for k, v in self.model_extra.items()}
+
+    @model_validator(mode='after')
+    def keys_of_a_model(self):
+        for k in self.model_extra.keys() - ModelPreset.model_fields: raise ValueError(f'{k}: no key of a model; {near(k, ModelPreset.model_fields)}')
+        return self
+
 # %% ../nbs/00_settings.ipynb #7dd2fa4e
 class SettingsError(ValueError):
     "Settings that cannot be used; the message names file, section, key and what would be right."
@@ -177,11 +196,12 @@ def complaint(error, where, file, kind):
     return f'{at} {key} = {e["input"]}: {e["msg"].lower()}.'
 
 # %% ../nbs/00_settings.ipynb #a67650f2
-KINDS = {'attack': AttackPreset, 'judge': JudgePreset, 'job': JobPreset, 'study': StudyPreset}
+KINDS = {'attack': AttackPreset, 'judge': JudgePreset, 'job': JobPreset, 'study': StudyPreset, 'dose': DosePreset}
 
 def preset(name, *overlays, file=None, **overrides):
     """The preset in section `name`, with the sections `overlays` and then the keyword `overrides` laid over it.
-    A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`), `JobPreset` (`job.*`) or `StudyPreset` (`study.*`); raises `SettingsError`."""
+    A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`), `JobPreset` (`job.*`), `StudyPreset` (`study.*`) or `DosePreset` (`dose.*`);
+    raises `SettingsError`."""
     file, sections = Path(file or settings_file()), read_settings(file)
     found = {k: v for s in (name, *overlays) for k, v in section(s, sections, file.name).items()}
     found |= {k: (v, 'command line') for k, v in overrides.items()}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'WEIGHTS', 'TrainingError', 'minibatches', 'noted_signals', 'save_checkpoint',
            'load_checkpoint', 'save_weights', 'read_weights', 'load_weights', 'averages', 'mean_row', 'advance',
-           'cosine', 'take', 'Loss', 'distributed', 'gathered', 'random_state', 'resume', 'save_run', 'fit',
-           'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'train', 'hashes', 'ship',
-           'shipped', 'pretrained']
+           'cosine', 'warm', 'take', 'Loss', 'distributed', 'gathered', 'random_state', 'resume', 'save_run', 'fit',
+           'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'train', 'alive', 'hashes', 'ship',
+           'is_shipped', 'shipped', 'pretrained']
 
 # %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time
@@ -124,7 +124,12 @@ def cosine(lr, step, steps):
     "A learning rate that falls from `lr` to 0 along half a cosine."
     return lr*(1 + math.cos(math.pi*step/steps))/2
 
-SCHEDULES = {'constant': None, 'cosine': cosine}
+# %% ../nbs/09_training.ipynb #396f653b
+def warm(lr, step, steps, share=.05):
+    "`cosine`, but for a linear rise from near 0 over the first `share` of all steps."
+    return cosine(lr, step, steps)*min(1, (step + 1)/(share*steps))
+
+SCHEDULES = {'constant': None, 'cosine': cosine, 'warm': warm}
 
 # %% ../nbs/09_training.ipynb #2681292e
 def take(data, index, device):
@@ -267,6 +272,15 @@ def train(preset, folder, seed=0, data=None, progress=True, every=1000):
     (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
     return model.eval()
 
+# %% ../nbs/09_training.ipynb #402d9542
+def alive(net, x):
+    "Of each ReLU of a sequential network, the share of units that are positive for at least one of the inputs x (B, ...): a list, first layer first."
+    shares = []
+    for layer in net:
+        x = layer(x)
+        if isinstance(layer, nn.ReLU): shares.append((x.detach().flatten(1) > 0).any(0).float().mean().item())
+    return shares
+
 # %% ../nbs/09_training.ipynb #56c07097
 WEIGHTS = Path(inspect.getfile(ModelPreset)).with_name('weights')
 
@@ -282,6 +296,11 @@ def ship(run, name, seed, to=WEIGHTS):
     data = (Path(run)/'weights.safetensors').read_bytes()
     write(Path(to)/file, data)
     write(sums, '\n'.join(f'{h}  {f}' for f, h in sorted((hashes(to) | {file: sha256(data).hexdigest()}).items())) + '\n')
+
+# %% ../nbs/09_training.ipynb #e4a7162c
+def is_shipped(name, seed, source=WEIGHTS):
+    "Whether the weights of a section such as 'mnist.entangled', trained with `seed`, came with the package."
+    return f'{name.replace(".", "/")}/seed{seed}.safetensors' in hashes(source)
 
 # %% ../nbs/09_training.ipynb #360c5376
 def shipped(name, seed=0, source=WEIGHTS):
