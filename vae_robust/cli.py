@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Length', 'Seed', 'Runs', 'RUNS', 'Job', 'values', 'say', 'command', 'data', 'train', 'attack', 'report',
-           'reproduce', 'study']
+           'reproduce', 'study', 'all_of_it']
 
 # %% ../nbs/20_cli.ipynb #622935b4
-import sys
+import subprocess, sys
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 import typer
-from .settings import SettingsError, preset as read_preset, root
+from .settings import SettingsError, preset as read_preset, read_settings, root
 
 # %% ../nbs/20_cli.ipynb #4afe075d
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -90,16 +90,22 @@ Job = Annotated[str, typer.Option(help='A job of settings.ini: job.main, job.qui
 @command
 def report(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None):
     "Print the results that a job has, and write its tables and figures."
-    from vae_robust import mnist
-    _, means = mnist.report(read_preset(job), runs, folder)
+    from vae_robust import mnist, settings, verdict
+    table, means = mnist.report(read_preset(job), runs, folder)
     print(means.to_markdown(index=False, floatfmt='.1f'))
+    if table.seed.nunique() > 1:
+        settings.save_table(gaps := verdict.gaps(table), 'gaps', folder, floatfmt='.1f', job=job)
+        print('\nAS ignore-target, disentangled minus entangled, in points; 95 % intervals over seeds (Welch; bootstrap over seeds and classes):\n')
+        print(gaps.to_markdown(index=False, floatfmt=('', '.1f', '.1f', '.1f', '.3f', '.1f', '.1f', '.0f')))
     print(f'Tables and figures: {folder or root()/"figures"}')
 
 # %% ../nbs/20_cli.ipynb #f1130cf7
 @command
-def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None):
-    "The main job: fetch data, train judge and models, attack, and write every table and figure. Interrupt it when you like; it goes on."
+def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None,
+              everything: Annotated[bool, typer.Option('--everything', help='All tables, studies, series and notebooks too: about a day of one core.')] = False):
+    "The main job: fetch data, train or load judge and models, attack, and write every table and figure. Interrupt it when you like; it goes on."
     report(job, runs, folder)
+    if everything: all_of_it(runs)
 
 # %% ../nbs/20_cli.ipynb #f1e258e8
 @command
@@ -109,10 +115,23 @@ def study(name: Annotated[str, typer.Argument(help='A study or a series of setti
     "Compute the cells of a study that are missing, and write its table to figures/: attacks on shipped models, or a series of models. Interrupt it when you like; it goes on."
     from vae_robust import sweep, verdict
     dose, folder, answer = name.startswith('dose.'), runs/'study', lambda c: sweep.answer(c, runs/'study')
-    cells, compute = (verdict.varied, partial(verdict.respond, runs=runs)) if dose else (verdict.cells, verdict.compute)
-    p = sweep.plan(cells := cells(read_preset(name)), folder)
+    grid, compute = (verdict.varied, partial(verdict.respond, runs=runs)) if dose else (verdict.cells, verdict.compute)
+    cells = grid(read_preset(name))
+    p = sweep.plan(cells, folder)
     print(f'{name}: {p["cells"]} cells, {p["done"]} done' + (f', about {p["seconds"]/60:.0f} minutes of one core to go' if p['seconds'] > 0 else ''))
     if dry_run: return
     sweep.sweep(cells, compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))
     if dose: verdict.publish_doses(lambda c: answer({k: v for k, v in c.items() if k != 'dose'}), runs, figures)
     else: verdict.publish(name.removeprefix('study.'), answer, figures)
+
+# %% ../nbs/20_cli.ipynb #0441fdf8
+def all_of_it(runs):
+    "Compute the thesis's tables and every study and series of settings.ini, then run all notebooks in order, which draw the figures."
+    from vae_robust import mnist, verdict
+    mnist.tables(read_preset('job.tables'), runs)
+    verdict.publish_quantities()
+    for name in read_settings():
+        if name.split('.')[0] in ('study', 'dose') and name not in ('study.smoke', 'dose.plain'): study(name, runs)
+    for nb in sorted((root()/'nbs').glob('*.ipynb')):
+        print(nb.name, flush=True)
+        subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', str(nb)], check=True)

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['thesis', 'trained', 'judge_of', 'members', 'counted', 'on_all_cores', 'results', 'bound', 'portrait', 'portrayed',
-           'portraits', 'summary', 'matrix', 'show_matrix', 'matrices', 'adversarial_grid', 'report', 'side_by_side',
-           'pictures']
+           'portraits', 'over_seeds', 'mean_of', 'summary', 'matrix', 'show_matrix', 'matrices', 'tables', 'beside',
+           'adversarial_grid', 'report', 'side_by_side', 'pictures']
 
 # %% ../nbs/14_mnist.ipynb #d7565de9
 import json, math
 from itertools import product
 from pathlib import Path
 import joblib, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from scipy import stats
 from tqdm.auto import tqdm
 from .attacks import attack
 from .data import load, pixels
 from .joint_vae import unsupervised_accuracy
 from .robustness import cell, evaluate, judged, mean_rate, pairs, pretrained_judge, rates, reconstruct, train_judge
-from .settings import preset, root, save_figure, save_table
+from .settings import preset, provenance, read_table, root, save_figure, save_table, write
 from .training import identity, is_shipped, one_thread, pretrained, train
 from .traversals import show_grid, traversals
 from .vae import kl, log_marginal
@@ -102,13 +103,25 @@ def portraits(job, runs, jobs=-1, **keys):
     return pd.DataFrame(on_all_cores(portrayed, [(job, m, s, runs, keys) for m, s in members(job)], 'portraits', jobs))
 
 # %% ../nbs/14_mnist.ipynb #6403a68d
+def over_seeds(rates):
+    "Mean of rates (S,), one per seed, and the ends of Student's 95 % interval for it, cut at 0 and 100; NaN for one seed."
+    half = stats.sem(rates)*stats.t.ppf(.975, len(rates) - 1) if len(rates) > 1 else math.nan
+    return (np.mean(rates), *np.clip([np.mean(rates) - half, np.mean(rates) + half], 0, 100))
+
+# %% ../nbs/14_mnist.ipynb #ac1b9cc8
+def mean_of(table, k):
+    "Of one model under one attack the mean over seeds of the mean over class pairs of the rate `k`/kept, percent, with its interval: over seeds, of a single one over images."
+    each = [mean_rate(g[k], g.kept) for _, g in table.groupby('seed')]
+    return each[0] if len(each) == 1 else over_seeds([mean for mean, _, _ in each])
+
+# %% ../nbs/14_mnist.ipynb #e9baf1e0
 def summary(table):
-    "Means over class pairs of both rates (13.1) for each attack and model, in percent, with intervals over images, and the thesis's two runs."
+    "Both rates (13.1) for each attack and model as `mean_of` has them, their 95 % intervals, the number of pairs kept and of seeds, and the thesis's two runs."
     said, rows = thesis().groupby(['model', 'run'])[['as_ignore', 'as_target']].mean(), []
     for (name, model), g in table.groupby(['attack', 'model'], sort=False):
-        row = {'attack': name, 'model': model, 'n': g.kept.sum()}
-        for rate, k in (('as_ignore', g.missed), ('as_target', g.hit)):
-            mean, low, high = mean_rate(k, g.kept)
+        row = {'attack': name, 'model': model, 'seeds': g.seed.nunique(), 'n': g.kept.sum()}
+        for rate, k in (('as_ignore', 'missed'), ('as_target', 'hit')):
+            mean, low, high = mean_of(g, k)
             row |= {rate: mean, f'{rate}_95%': f'{low:.1f} to {high:.1f}'}
             row |= {f'{rate}_thesis': ' / '.join(f'{said.loc[(model, run), rate]:.1f}' for run in ('text', 'second')) if name == 'thesis' else ''}
         rows.append(row)
@@ -140,6 +153,20 @@ def matrices(table, attack, k='missed'):
     axs[0].set_ylabel('source')
     fig.suptitle({'missed': 'AS ignore-target', 'hit': 'AS target'}[k] + f', %, attack {attack}')
     return fig
+
+# %% ../nbs/14_mnist.ipynb #ddbbc07d
+def tables(job, runs, folder=None):
+    "Write the `results` of a `JobPreset` to tables.csv in `folder` (figures/) and return them."
+    table, facts = results(job, runs), job.model_dump()
+    write(Path(folder or root()/'figures')/'tables.csv', f'# {provenance(**facts)}\n{table.to_csv(index=False)}')
+    return table
+
+# %% ../nbs/14_mnist.ipynb #6afb2f24
+def beside(table, attack='thesis', k='missed'):
+    "For each model, source and target: our rate under `attack`, percent, seeds pooled (`ours`), and the thesis's, of both runs (`text`, `second`)."
+    mine = table[table.attack == attack].groupby(['model', 'source', 'target'])[['kept', 'missed', 'hit']].sum()
+    said = thesis().pivot(index=['model', 'source', 'target'], columns='run', values={'missed': 'as_ignore', 'hit': 'as_target'}[k])
+    return said.join((100*mine[k]/mine.kept.where(mine.kept > 0)).rename('ours'), how='inner')
 
 # %% ../nbs/14_mnist.ipynb #5f87682f
 def adversarial_grid(model, a, test, ax, title, seed=0):

@@ -4,12 +4,13 @@ r"""Of the images whose reconstruction was right before the attack, which share 
 
 # %% auto #0
 __all__ = ['NETWORKS', 'lenet', 'wide', 'normed', 'strided', 'Residual', 'residual', 'Classified', 'cross_entropy', 'shifted',
-           'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'pairs', 'cut', 'counts', 'wilson',
-           'rates', 'mean_rate', 'reconstruct', 'Pairs', 'attacked', 'trial', 'verdicts', 'exchange_rates', 'evaluate',
-           'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval', 'welch', 'against_radius',
-           'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum', 'stays_within', 'margins',
-           'worst', 'transfer', 'in_training_mode', 'stochastic', 'without_slope', 'left_the_ball', 'not_converged',
-           'not_monotone', 'no_better_than_noise', 'blind_is_better', 'diagnose', 'cell']
+           'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'agreement', 'pairs', 'cut', 'counts',
+           'wilson', 'rates', 'mean_rate', 'reconstruct', 'Pairs', 'attacked', 'trial', 'verdicts', 'exchange_rates',
+           'evaluate', 'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval', 'welch',
+           'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum',
+           'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic', 'without_slope',
+           'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better', 'diagnose',
+           'cell']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
 import json, math
@@ -118,6 +119,12 @@ def judged(judge, x, dropout=False, batch=1000):
     with torch.no_grad(): classes = torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
     judge.eval()
     return classes
+
+# %% ../nbs/13_robustness.ipynb #a6a6af62
+def agreement(judges, x):
+    "How often two of `judges`, {name: judge}, see the same class in images x, in percent: a data frame, 100 on its diagonal."
+    seen = {name: judged(j, x) for name, j in judges.items()}
+    return pd.DataFrame({a: {b: 100*(seen[a] == seen[b]).float().mean().item() for b in seen} for a in seen})
 
 # %% ../nbs/13_robustness.ipynb #4ed37b73
 def pairs(y, n, seed=0):

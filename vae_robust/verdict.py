@@ -4,19 +4,21 @@ r"""A weight has a unit: at a fixed $\lambda$ an attack moves only where $\lVert
 
 # %% auto #0
 __all__ = ['short_hash', 'cells', 'compute', 'per_source', 'with_worst', 'tidy', 'circumstances', 'inherited', 'publish',
-           'results', 'slopes', 'by_seed', 'bands', 'compare', 'varied', 'folder_of', 'steepness', 'likeness', 'fallen',
-           'respond', 'agreement_of', 'dosed', 'publish_doses']
+           'results', 'slopes', 'by_seed', 'bands', 'compare', 'gaps', 'varied', 'folder_of', 'steepness', 'likeness',
+           'fallen', 'respond', 'agreement_of', 'dosed', 'publish_doses', 'partial_rank', 'association', 'measured',
+           'publish_quantities']
 
 # %% ../nbs/16_verdict.ipynb #bce4b6c2
 import json
 from itertools import groupby, product
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from scipy.stats import rankdata
 from .attacks import features, norm, objective_of, value_and_gradient
 from .data import load, pixels
 from .disentanglement import encode, gaussian_tc, udr
-from .mnist import portrait
-from .robustness import bootstrap, interval, jacobians, margins, pairs, pretrained_judge, stays_within, tally, together, trial, welch, worst
+from .mnist import on_all_cores, portrait
+from .robustness import auddcs, bootstrap, interval, jacobians, margins, pairs, pretrained_judge, stays_within, tally, together, trial, welch, worst
 from .settings import AttackPreset, ModelPreset, preset, provenance, read_settings, read_table, root, save_figure, write
 from .training import hashes, pretrained, train
 
@@ -138,6 +140,13 @@ def compare(table, a='disentangled', b='entangled', k='missed'):
     found = d, low, high, p, *interval(samples[:, 0] - samples[:, 1])
     return dict(zip(('difference', 'low', 'high', 'p', 'low_boot', 'high_boot'), map(float, found))) | {'seeds': n}
 
+# %% ../nbs/16_verdict.ipynb #6725aa14
+def gaps(table, a='disentangled', b='entangled'):
+    "`compare` for each attack of a table with columns model, seed, attack, source, kept, missed: a data frame; attacks with one seed are left out."
+    each = table.groupby(['attack', 'model', 'seed', 'source'], sort=False)[['kept', 'missed', 'hit']].sum().reset_index()
+    found = {name: compare(t, a, b) for name, t in each.groupby('attack', sort=False) if t.groupby('model').seed.nunique().min() > 1}
+    return pd.DataFrame(found).T.rename_axis('attack').reset_index()
+
 # %% ../nbs/16_verdict.ipynb #0e1d78d3
 def varied(dose):
     """The cells of a `DosePreset`: dicts with model, train, seed, set (changed keys), values (of all keys of the model that are not at their defaults),
@@ -211,4 +220,35 @@ def publish_doses(row_of, runs, folder=None):
     names = [s.split('.')[1] for s in read_settings() if s.startswith('dose.') and s != 'dose.plain']
     table = dosed(names, row_of, runs).round(4)
     write(Path(folder or root()/'figures')/'dose.csv', f'# {provenance(**{n: preset(f"dose.{n}").model_dump() for n in names})}\n{table.to_csv(index=False)}')
+    return table
+
+# %% ../nbs/16_verdict.ipynb #91739c05
+def partial_rank(a, b, *given):
+    "The partial rank correlation (16.2) of a and b, (N,), given other columns (N,): in [-1, 1]; without any, Spearman's."
+    r = np.stack([rankdata(v) for v in (a, b)], 1)
+    G = np.stack([np.ones(len(r)), *map(rankdata, given)], 1)
+    left = r - G @ np.linalg.lstsq(G, r, rcond=None)[0]
+    return np.corrcoef(left.T)[0, 1]
+
+# %% ../nbs/16_verdict.ipynb #b4e6879e
+def association(table, a, b, given=(), n=1000, seed=0):
+    "`partial_rank` of the columns a and b of a `dosed` table given others, and its 95 % interval from `n` bootstrap draws of settings, with all their seeds."
+    groups, rng = [g for _, g in table.groupby(['dose', 'value'])], np.random.default_rng(seed)
+    rho = lambda t: partial_rank(t[a], t[b], *(t[g] for g in given))
+    draws = [rho(pd.concat([groups[i] for i in rng.integers(len(groups), size=len(groups))])) for _ in range(n)]
+    return rho(table), *interval(np.array(draws))
+
+# %% ../nbs/16_verdict.ipynb #c7341828
+def measured(name, seed, pairs=1, radii=(.025, .05, .1, .2, .3)):
+    "One row: `likeness` of the shipped model `name` with `seed`, and its mean AUDDC under `attack.output` with `radii` for eps, `pairs` per two classes."
+    model, test = pretrained(name.replace('.', '/'), seed), load(preset(name).data, 'test')
+    area = auddcs(model, preset('attack.output', pairs=pairs), test, radii).mean()
+    return {'model': name.split('.')[1], 'seed': seed} | likeness(model, test) | {'auddc': area}
+
+# %% ../nbs/16_verdict.ipynb #6373c1a2
+def publish_quantities(folder=None, jobs=-1):
+    "Write the rows `measured` of the models of [study.primary] to figures/quantities.csv (or to `folder`), with their provenance; the table."
+    study = preset('study.primary')
+    table = pd.DataFrame(on_all_cores(measured, [(m, s) for m, s in product(study.models, study.seeds) if short_hash(m, s)], 'quantities', jobs)).round(4)
+    write(Path(folder or root()/'figures')/'quantities.csv', f'# {provenance(models=study.models, seeds=study.seeds, attack="attack.output")}\n{table.to_csv(index=False)}')
     return table
