@@ -7,7 +7,7 @@ from torch.distributions import Normal, OneHotCategorical
 from vae_robust import mnist
 from vae_robust.data import ImageData
 from vae_robust.vae import Posterior
-from vae_robust.mnist import matrix, portrait, report, results, summary, thesis
+from vae_robust.mnist import beside, matrix, mean_of, members, over_seeds, portrait, report, results, summary, tables, thesis
 from vae_robust.settings import preset, read_table
 
 
@@ -41,7 +41,7 @@ def test_the_job_leaves_every_table_and_figure_with_its_provenance(job):
 def test_done_cells_are_not_done_again(job, monkeypatch):
     p, runs, _, table, _ = job
     monkeypatch.setattr(mnist, 'evaluate', None)
-    pd.testing.assert_frame_equal(results(p, runs), table)
+    pd.testing.assert_frame_equal(results(p, runs, jobs=1), table)
 
 
 def test_a_lost_cell_is_done_again_with_the_same_result(job):
@@ -83,3 +83,26 @@ def test_a_portrait_of_a_model_known_by_hand():
     want = {'rec': 1024*math.log(2), 'kl_z': 2*.5*.5, 'kl_c': math.log(10), 'active': 2, 'accuracy': 100, 'recognised': 10}
     for k, v in want.items(): assert abs(p[k] - v) < 1e-2, k
     assert p['kl_per_latent'] == '0.25 0.25' and p['log_p'] < -1024*math.log(2) + 5
+
+
+def test_of_shipped_models_a_job_takes_those_that_there_are():
+    assert members(preset('job.main', models='mnist.entangled, digits.entangled', seeds='0, 99')) == [('mnist.entangled', 0)]
+    assert members(preset('job.smoke', seeds='0, 99')) == [(m, s) for m in preset('job.smoke').models for s in (0, 99)]
+
+
+def test_the_unit_of_replication_is_the_seed():
+    "Two seeds with 20 and 40 %: the number of images does not narrow the interval; one seed: images do."
+    cells = pd.DataFrame([dict(seed=s, source=1, target=t, kept=1000, missed=m, hit=0) for s, m in ((0, 200), (1, 400)) for t in (2, 3)])
+    mean, low, high = mean_of(cells, 'missed')
+    assert (mean, low) == (30, 0) and high == 100 and over_seeds([20, 40])[0] == 30                # t with one degree of freedom: 12.7
+    mean, low, high = mean_of(cells[cells.seed == 0], 'missed')
+    assert mean == 20 and 17 < low < 19 and 21 < high < 23
+
+
+def test_tables_are_the_job_s_results_and_stand_beside_the_thesis_s(job, tmp_path):
+    p, runs, _, table, _ = job
+    assert len(tables(p, runs, tmp_path)) == len(read_table(tmp_path/'tables.csv')) == len(table)
+    b = beside(table, attack='strong')
+    assert len(b) == 3*90 and b.loc[('entangled', 4, 3), 'text'] == 89.19 and beside(table, 'strong', 'hit').loc[('entangled', 4, 3), 'text'] == 10.26
+    k = table.query("model == 'entangled' and attack == 'strong' and source == 4 and target == 3")
+    assert (b.loc[('entangled', 4, 3), 'ours'] == 100*k.missed.sum()/k.kept.sum()) or k.kept.sum() == 0

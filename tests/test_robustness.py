@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from vae_robust import robustness
 from vae_robust.data import ImageData, load
 from vae_robust.attacks import logits, means
-from vae_robust.robustness import (against_radius, auddc, blind_is_better, bootstrap, diagnose, in_training_mode, interval, jacobians, kept, left_the_ball,
+from vae_robust.robustness import (against_radius, agreement, auddc, blind_is_better, bootstrap, diagnose, in_training_mode, interval, jacobians, kept, left_the_ball,
                                    margins, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, tally, together,
                                    transfer, welch, without_slope, worst)
 from vae_robust.robustness import NETWORKS, exchange_rates, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
@@ -349,3 +349,11 @@ def test_transfer_and_radius_on_a_model_that_always_falls():
     assert (table.values == 100).all()
     r = against_radius(Brightest().eval(), nn.Identity().eval(), a, test, [.005, .1])
     assert r.as_ignore.tolist() == [0, 100] and r.as_target.tolist() == [0, 100]
+
+
+def test_agreement_of_judges():
+    class Says(nn.Module):
+        def __init__(self, y): super().__init__(); self.y = torch.tensor(y)
+        def forward(self, x): return nn.functional.one_hot(self.y[:len(x)], 3)
+    t = agreement({'a': Says([0, 1, 2, 2]), 'b': Says([0, 1, 1, 2]), 'c': Says([1, 0, 0, 1])}, torch.zeros(4, 1, 1, 1))
+    assert t.loc['a', 'b'] == t.loc['b', 'a'] == 75 and t.loc['a', 'c'] == 0 and (np.diag(t) == 100).all()

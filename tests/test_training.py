@@ -8,8 +8,8 @@ from torch import nn
 from vae_robust import settings, training
 from vae_robust.data import load
 from vae_robust.settings import preset
-from vae_robust.training import (TrainingError, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights,
-                                 hashes, pretrained, read_weights, ship, shipped, train, WEIGHTS)
+from vae_robust.training import (TrainingError, alive, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights,
+                                 hashes, pretrained, read_weights, ship, shipped, train, warm, WEIGHTS)
 from vae_robust.vae import Terms, elbo, kl
 
 SHORT = preset('digits.disentangled', steps=30, C_steps=20, lr='1e-3')
@@ -271,3 +271,23 @@ def test_every_objective_trains_and_comes_back(tmp_path, kind, constants):
     assert not torch.equal(model.encoder[0].weight, untrained.encoder[0].weight)
     if kind == 'factor': assert not torch.equal(*(next(m.discriminator.parameters()) for m in (model, untrained)))
     torch.testing.assert_close(dict(train(p, tmp_path).state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_a_dead_layer_is_seen():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*4, 2), nn.ReLU())
+    x = torch.rand(10, 1, 4, 4)
+    assert min(alive(net, x)) > 0 and len(alive(net, x)) == 2
+    with torch.no_grad(): net[0].bias.fill_(-100)
+    assert alive(net, x)[0] == 0
+
+
+def test_every_shipped_encoder_is_alive():
+    x = torch.rand(20, 1, 32, 32)
+    names = [f.split('/') for f in hashes() if f.startswith('mnist/')]
+    assert len(names) == 15
+    for kind, name, file in names: assert min(alive(pretrained(f'{kind}/{name}', int(file[4])).encoder, x)) > 0, (name, file)
+
+
+def test_a_slow_start_ends_after_a_twentieth_and_is_cosine_from_there():
+    rates = [warm(1., i, 1000) for i in range(1000)]
+    assert rates[0] == 1/50 and rates[24] < .5 + 1e-9 and all(r == cosine(1., i, 1000) for i, r in enumerate(rates) if i >= 49) and max(rates) > .99

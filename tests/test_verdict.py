@@ -1,4 +1,4 @@
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 
 from torch.distributions import Normal
 
@@ -7,7 +7,7 @@ from vae_robust.data import ImageData, load
 from vae_robust.settings import preset
 from vae_robust.sweep import collected, sweep
 from vae_robust.vae import Posterior
-from vae_robust.verdict import (by_seed, cells, circumstances, compare, compute, dosed, folder_of, inherited, likeness, publish, respond, results, slopes,
+from vae_robust.verdict import (association, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, partial_rank, publish, respond, results, slopes,
                                 tidy, varied)
 
 
@@ -137,5 +137,34 @@ def test_likeness_of_a_linear_model():
     x = torch.randint(256, (1000, 1, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     found = likeness(Linear(), ImageData(x, torch.arange(1000) % 10), n=5)
     left = (x.flatten(1)/255) - (x.flatten(1)/255) @ W.T @ W
-    assert abs(found['slope'] - 4) < 1e-3 and abs(found['slope_sd'] - 8) < 1e-3 and found['sd'] == .5 and abs(found['error'] - left.norm(dim=1).mean()) < 1e-3
+    assert abs(found['decoder_slope'] - 1/4) < 1e-4 and abs(found['slope'] - 4) < 1e-3 and abs(found['slope_sd'] - 8) < 1e-3 and found['sd'] == .5 and abs(found['error'] - left.norm(dim=1).mean()) < 1e-3
     assert found['tc'] < .02 and found['margin'] > 0
+
+
+def test_gaps_of_a_job_are_compare_s_for_each_attack():
+    rows = [{'model': m, 'seed': s, 'attack': a, 'source': k, 'target': (k + 1) % 10, 'kept': 10, 'missed': miss + s, 'hit': 0}
+            for a, shift in (('x', 0), ('y', 2)) for m, miss in (('disentangled', 2 + shift), ('entangled', 5)) for s in range(3) for k in range(10)]
+    t = gaps(pd.DataFrame(rows)).set_index('attack')
+    assert abs(t.loc['x', 'difference'] + 30) < 1e-9 and abs(t.loc['y', 'difference'] + 10) < 1e-9 and (t.seeds == 3).all()
+    assert len(gaps(pd.DataFrame([r for r in rows if r['seed'] == 0]))) == 0
+
+
+def test_a_partial_correlation_finds_the_effect_behind_a_confounder():
+    "y = x - 3c with x and c positively correlated: x and y go apart in general, and together once c is given."
+    rng = np.random.default_rng(0)
+    c = rng.normal(size=2000)
+    x = c + rng.normal(size=2000)
+    y = x - 3*c
+    assert partial_rank(x, y) < -.3 and partial_rank(x, y, c) > .9
+    assert abs(partial_rank(np.exp(x), y**3, c) - partial_rank(x, y, c)) < 1e-9                     # ranks do not care for units
+
+
+def test_an_association_draws_settings_and_not_models():
+    "Ten settings of three models each that are all alike: the interval is that of ten points, not of thirty."
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 10))
+    t = pd.DataFrame({'dose': 'd', 'value': np.repeat(range(10), 3), 'a': np.repeat(a, 3), 'b': np.repeat(b, 3)})
+    rho, low, high = association(t, 'a', 'b', n=300)
+    alone = t.assign(value=range(30))
+    _, low_30, high_30 = association(alone, 'a', 'b', n=300)
+    assert abs(rho - pd.Series(a).corr(pd.Series(b), 'spearman')) < 1e-9 and low < rho < high and high - low > 1.3*(high_30 - low_30)

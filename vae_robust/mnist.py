@@ -184,7 +184,7 @@ def report(job, runs, folder=None):
     facts = dict(models=job.models, train=job.train, seeds=job.seeds, attacks=dict(zip(job.attacks, job.pairs)), judge=job.judge)
     save_table(summary(table), 'means', folder, **facts)
     save_table(rates(table), 'pairs', folder, **facts)
-    save_table(portraits(job, runs, K=1000 if job.train == 'shipped' else 10), 'models', folder, **facts)
+    save_table(portraits(job, runs, n=50, K=1000 if job.train == 'shipped' else 10), 'models', folder, **facts)
     for name in table.attack.unique(): save_figure(matrices(table, name), f'matrix_{name}', folder, **facts)
     pictures(job, runs, folder)
     plt.close('all')

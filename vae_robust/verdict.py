@@ -14,6 +14,7 @@ from itertools import groupby, product
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from scipy.stats import rankdata
+from torch.func import jacfwd, vmap
 from .attacks import features, norm, objective_of, value_and_gradient
 from .data import load, pixels
 from .disentanglement import encode, gaussian_tc, udr
@@ -163,9 +164,14 @@ def folder_of(cell, runs):
 
 # %% ../nbs/16_verdict.ipynb #6dfd7a96
 def steepness(model, x):
-    "Of the means at images x, medians over images: the largest singular value of the Jacobian, and of the Jacobian divided by the posterior's deviations."
-    J, sd = jacobians(features(model, 'means'), x), model.posterior(x).z.stddev.detach()
-    return {'slope': torch.linalg.matrix_norm(J, 2).median().item(), 'slope_sd': torch.linalg.matrix_norm(J/sd[..., None], 2).median().item()}
+    """Largest singular values, medians over images x: of the Jacobian of the means (`slope`), the same in units of the posterior's deviations (`slope_sd`),
+    and of the Jacobian of the reconstruction with respect to the means (`decoder_slope`)."""
+    q = model.posterior(x)
+    rest, sd = q.mode[:, q.z.mean.shape[1]:].detach(), q.z.stddev.detach()
+    J = jacobians(features(model, 'means'), x)
+    D = vmap(jacfwd(lambda z, c: model.decode(torch.cat([z, c])[None]).flatten()))(q.z.mean.detach(), rest)
+    largest = lambda A: torch.linalg.matrix_norm(A.detach(), 2).median().item()
+    return {'slope': largest(J), 'slope_sd': largest(J/sd[..., None]), 'decoder_slope': largest(D)}
 
 # %% ../nbs/16_verdict.ipynb #58b2f31e
 def likeness(model, test, n=100):
