@@ -1,8 +1,10 @@
-"""The interactive chapters in a real JupyterLab in a real browser. Screenshots and latencies are kept in runs/e2e."""
+"""The interactive chapters in a real JupyterLab, and the site, in a real browser. Screenshots and latencies are kept in runs/e2e."""
 import json, os, shutil, socket, statistics, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import pytest
+
+from vae_robust.site import SiteError, build
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT/'runs'/'e2e'
@@ -118,14 +120,13 @@ def test_latent_explorer(opened):
         explorer.changes(lambda: handle.press(key))
         waits.append(page.evaluate('window.times[0]'))
     keep(page, 'explorer', key_to_picture_ms=statistics.median(waits), each=waits)
-    where = handle.bounding_box()
-    page.mouse.move(where['x'] + where['width']/2, where['y'] + where['height']/2)
+    explorer.changes(lambda: explorer.button('reset').click())
+    rest, where = explorer.bytes(), handle.bounding_box()
     def drag():
+        page.mouse.move(where['x'] + where['width']/2, where['y'] + where['height']/2)
         page.mouse.down()
         page.mouse.move(where['x'] + 60, where['y'] + 5, steps=5)
         page.mouse.up()
-    explorer.changes(lambda: explorer.button('reset').click())
-    rest = explorer.bytes()
     explorer.changes(drag)
     explorer.button('reset').click()
     explorer.until(lambda: explorer.bytes() == rest, 'reset does not lead back')
@@ -156,3 +157,30 @@ def test_attack_playground(opened):
     stop.click()
     play.until(run.is_enabled, 'the attack is not stopped')
     assert stop.is_disabled() and share() < 100
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    try: return build(tmp_path_factory.mktemp('site'))
+    except SiteError as e: pytest.skip(str(e))
+
+
+def test_every_page_of_the_site(browser, site):
+    page, asked, errors = browser.new_page(), [], []
+    page.set_default_timeout(120_000)
+    page.on('request', lambda r: asked.append(r.url))
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+    for f in sorted(site.parent.glob('*.html')):
+        page.goto(f.as_uri())
+        page.evaluate('MathJax.startup.promise')
+        formulas, failed = page.locator('mjx-container').count(), page.locator('[data-mjx-error]').count()
+        assert not failed and formulas >= f.read_text().count('$$')//2 and not errors, (f.name, formulas, failed, errors)
+        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth)"), f.name
+    assert [u for u in asked if not u.startswith(('file:', 'data:'))] == []
+    page.goto((site.parent/'12_attacks.html').as_uri() + '#eq-12.5')
+    page.get_by_role('searchbox').fill('radius norm')
+    page.locator('#found a', has_text='Smallest').first.wait_for()
+    keep(page, 'site')
+    page.locator('#found a').first.click()
+    page.wait_for_function("location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)))")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Length', 'Seed', 'Runs', 'RUNS', 'Job', 'values', 'say', 'command', 'data', 'train', 'attack', 'report',
-           'reproduce', 'study']
+           'reproduce', 'study', 'site']
 
 # %% ../nbs/20_cli.ipynb #622935b4
 import sys
@@ -114,3 +114,10 @@ def study(name: Annotated[str, typer.Argument(help='A study of settings.ini, suc
     if dry_run: return
     sweep.sweep(cells, verdict.compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))
     verdict.publish(name.removeprefix('study.'), lambda c: sweep.answer(c, folder), figures)
+
+# %% ../nbs/20_cli.ipynb #90383634
+@command
+def site(folder: Annotated[Path | None, typer.Option(help='Where the pages go.', show_default='_site')] = None):
+    "Make web pages of the notebooks and the docstrings, to be read without a network."
+    from vae_robust.site import build
+    print(f'Open {build(folder)} in a browser.')
