@@ -1,6 +1,7 @@
 # make run    set up, then the main job: train or load the models, attack them, print the tables, write figures/
 # make test   set up, then every test          make lab     set up, then open the notebooks
 # make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/
+# make site   the notebooks as web pages, to be read without a network: _site/index.html
 # make bench  speed against other packages, on an idle machine: tables in figures/
 PYTHON ?= python3
 BIN = .venv/bin
@@ -10,7 +11,7 @@ PEERS = pythae==0.1.2 imageio==2.38.1 cloudpickle==3.1.2 \
 	foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 \
 	torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 cleverhans==4.0.0
 
-.PHONY: run test lab export bench clean setup
+.PHONY: run test lab export site bench clean setup
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -25,6 +26,9 @@ lab: $(READY)
 export: $(READY)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+
+site: $(READY)
+	$(BIN)/vae-robust site
 
 bench: .bench/.ready
 	PYTHONPATH=.bench $(BIN)/python tests/bench.py
@@ -44,5 +48,5 @@ $(READY): pyproject.toml requirements.lock
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .bench build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .bench _site build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Length', 'Seed', 'Runs', 'RUNS', 'Job', 'values', 'say', 'command', 'data', 'train', 'attack', 'report',
-           'reproduce', 'study', 'all_of_it']
+           'reproduce', 'study', 'all_of_it', 'site']
 
 # %% ../nbs/20_cli.ipynb #622935b4
 import subprocess, sys
@@ -135,3 +135,10 @@ def all_of_it(runs):
     for nb in sorted((root()/'nbs').glob('*.ipynb')):
         print(nb.name, flush=True)
         subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', str(nb)], check=True)
+
+# %% ../nbs/20_cli.ipynb #90383634
+@command
+def site(folder: Annotated[Path | None, typer.Option(help='Where the pages go.', show_default='_site')] = None):
+    "Make web pages of the notebooks and the docstrings, to be read without a network."
+    from vae_robust.site import build
+    print(f'Open {build(folder)} in a browser.')
