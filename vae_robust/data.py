@@ -9,7 +9,7 @@ __all__ = ['FILES', 'MD5', 'SOURCES', 'FACTORS', 'SHAPES', 'SCALES', 'BITS', 'NP
            'data_folder', 'raw_folder', 'mirrors', 'call', 'npm', 'debian', 'idx', 'wheel', 'found', 'fetch', 'raw',
            'outline', 'gauge', 'least_scale', 'Bits', 'redrawn', 'published', 'npz_bits', 'dsprites', 'blob', 'blobs',
            'coverage', 'ellipse', 'face', 'seen', 'grid', 'unless', 'behind', 'head', 'fringe', 'eyes', 'glasses',
-           'nose_and_mouth', 'cartoon', 'cartoon_attributes', 'celeba_folder', 'require_celeba', 'lines',
+           'nose_and_mouth', 'cartoon', 'cartoons', 'cartoon_attributes', 'celeba_folder', 'require_celeba', 'lines',
            'attribute_table', 'celeba_listing', 'square', 'decode_block', 'fingerprint', 'locked', 'decoded', 'decode',
            'celeba', 'faces', 'attributes', 'digits', 'idx_data', 'load']
 
@@ -370,10 +370,10 @@ def cartoon(k):
             under += (share[:, None] if share.ndim == 3 else share)*(colour - under)
     return x.clamp(0, 1)
 
-# %% ../nbs/01_data.ipynb #d23924c7
+# %% ../nbs/01_data.ipynb #761fec57
 def cartoons(part, n={'train': 20_000, 'test': 4_000}):
-    "Cartoon faces, uint8 (N, 3, 64, 64), and the classes of their factors, int64 (N, 10), uniform and independent: always the same ones,
-    of which `n` of a part are the first."
+    """Cartoon faces, uint8 (N, 3, 64, 64), and the classes of their factors, int64 (N, 10), uniform and independent: always the same ones,
+    of which `n` of a part are the first."""
     g = torch.Generator().manual_seed([*n].index(part))
     k = (torch.rand(n[part], len(CARTOON), generator=g)*torch.tensor([*CARTOON.values()])).long()
     x = [cartoon(b).mul_(255).round_().byte() for b in tqdm(k.split(250), f'drawing faces, {part}', mininterval=1, delay=2)]
