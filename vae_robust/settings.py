@@ -28,7 +28,7 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 
 # %% ../nbs/00_settings.ipynb #9be82a44
 class ModelPreset(BaseModel, extra='forbid', frozen=True):
-    "What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps` in optimiser steps."
+    "What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps` in optimiser steps, `size` in pixels."
     data: str
     likelihood: Literal['bernoulli', 'gaussian']
     n_z: AtLeastOne
@@ -47,6 +47,9 @@ class ModelPreset(BaseModel, extra='forbid', frozen=True):
     batch: AtLeastOne
     steps: Count
     precision: Literal['float32', 'bfloat16'] = 'float32'
+    channels: AtLeastOne = 1
+    size: AtLeastOne = 32
+    network: Literal['small', 'large'] = 'small'
 
 # %% ../nbs/00_settings.ipynb #a45bdefe
 class JudgePreset(BaseModel, extra='forbid', frozen=True):

@@ -221,12 +221,12 @@ def objective(preset):
     return partial(f, **{k: getattr(preset, k) for k in inspect.getfullargspec(f).kwonlyargs})
 
 # %% ../nbs/09_training.ipynb #4a00f7a1
-def build(preset, channels=1, size=32, seed=0):
-    """An untrained `VAE` with the latents and the likelihood of a `ModelPreset`, and a discriminator if its objective is 'factor'; its
+def build(preset, seed=0):
+    """An untrained `VAE` with the latents, the likelihood and the networks of a `ModelPreset`, and a discriminator if its objective is 'factor'; its
     initial weights depend on `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = VAE(preset.n_z, preset.n_c, channels, size, preset.tau, preset.likelihood)
+        model = VAE(preset.n_z, preset.n_c, preset.channels, preset.size, preset.tau, preset.likelihood, preset.network)
         return with_discriminator(model) if preset.objective == 'factor' else model
 
 # %% ../nbs/09_training.ipynb #d481416b
@@ -261,7 +261,7 @@ def train(preset, folder, seed=0, data=None, progress=True, every=1000):
     run was. Leaves weights.safetensors, curves.csv and run.json in `folder`. `data`: images, else the preset's training set."""
     model, settings, path, began = build(preset, seed=seed), identity(preset, seed), Path(folder)/'weights.safetensors', time.time()
     if path.exists(): return load_weights(path, model, settings).eval()
-    x = load(preset.data).x if data is None else data
+    x = load(preset.data, size=preset.size).x if data is None else data
     keep_memory()
     with one_thread():
         curves = fit(model, objective(preset), x, preset.steps, preset.batch, partial(Adam, lr=preset.lr, weight_decay=preset.weight_decay, fused=True),

@@ -1,0 +1,301 @@
+import json, os
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from PIL import Image
+
+from vae_robust import data
+from vae_robust.data import (ATTR, ATTRIBUTES, CARTOON, GROUNDS, PARTITION, PICTURES, DataError, attributes, cartoon, cartoon_attributes, cartoons, celeba_folder,
+                             load, pixels, square)
+from vae_robust.settings import preset
+from vae_robust.training import build, pretrained, train
+from vae_robust.vae import VAE, elbo
+
+LONDON = Path(__file__).parents[2]/'shared'/'data'/'london_64.npz'
+BASE = dict(turn=4, width=2, skin=1, hair_colour=1, hair=1, smile=4, eyes=3, glasses=0, background=1, light=3)
+
+def drawn(**changes):
+    "The cartoon BASE with changed classes, (3, 64, 64)."
+    return cartoon(torch.tensor([[*(BASE | changes).values()]]))[0]
+
+def classes(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(v, (n,), generator=g) for v in CARTOON.values()], 1)
+
+
+# ------------------------------------------------------------------ cartoons
+def test_a_cartoon_is_what_its_factors_say():
+    assert list(BASE) == list(CARTOON)
+    corner = lambda **kw: drawn(**kw)[:, 0, 0]
+    for k in range(CARTOON['background']): torch.testing.assert_close(corner(background=k), (GROUNDS[k]*(1.08 - .0025)).clamp(0, 1))
+    red = drawn(smile=6)[0] - drawn(smile=6)[1]                                     # lips are the reddest thing below the nose
+    rows = lambda x: [(w*torch.arange(44., 56)).sum()/w.sum() for column in (27, 32, 37) for w in [((x[0] - x[1])[44:56, column] - .3).clamp(min=0)]]
+    left, middle, right = rows(drawn(smile=6)); assert left < middle > right        # corners up
+    left, middle, right = rows(drawn(smile=0)); assert left > middle < right        # corners down
+    white = lambda x: (x[:, 26:40, 16:48].amin(0) > .9).sum()
+    assert [white(drawn(eyes=k)) for k in range(5)] == sorted(white(drawn(eyes=k)) for k in range(5)) and white(drawn(eyes=4)) > white(drawn(eyes=0))
+    side = lambda k: drawn(light=k)[:, 40:44, 20:24].mean() - drawn(light=k)[:, 40:44, 40:44].mean()
+    assert side(0) > .05 and abs(side(3)) < .01 and side(6) < -.05
+    dark = lambda x: (x[:, 25:41, 14:50].amax(0) < .3).sum()
+    assert dark(drawn(glasses=1)) > dark(drawn(glasses=0)) + 30
+    brightness = [drawn(skin=k)[:, 43, 32].mean().item() for k in range(6)]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+def test_eyes_lie_where_celeba_has_them():
+    "(69, 112) and (109, 112) of 178 x 218 in the thesis's crop."
+    x = drawn(eyes=4)
+    for ex in (69, 109):
+        column, row = round(ex*64/178), round(112*78/218 - 7)
+        assert x[:, row - 1:row + 1, column - 2:column + 2].amin(0).amin() < .2
+
+
+def test_every_factor_is_visible_and_the_mirror_is_exact():
+    k = classes(100)
+    for j, n in enumerate(CARTOON.values()):
+        other = k.clone(); other[:, j] = (k[:, j] + 1) % n
+        assert (cartoon(k) - cartoon(other)).abs().flatten(1).amax(1).min() > .03, j
+    mirrored = k.clone(); mirrored[:, 0], mirrored[:, 9] = 8 - k[:, 0], 6 - k[:, 9]
+    torch.testing.assert_close(cartoon(mirrored), cartoon(k).flip(-1), atol=1e-4, rtol=0)
+
+
+def test_turned_features_move_as_on_a_cylinder():
+    "(1.11): the middle of the mouth is at 32 + a sin(turn)."
+    for k, turn in ((0, -.42), (4, 0.), (8, .42)):
+        x = drawn(turn=k, smile=2)[:, 44:52]
+        red = (x[0] - x[1] - .3).clamp(min=0).sum(0)
+        assert abs((red*(torch.arange(64) + .5)).sum()/red.sum() - (32 + 18*np.sin(turn))) < 1.2
+
+
+def test_the_set_is_the_same_every_time_and_the_parts_differ():
+    n = {'train': 400, 'test': 300}
+    a, b, test = cartoons('train', n), cartoons('train', n), cartoons('test', n)
+    assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.x.shape == (400, 3, 64, 64) and a.x.dtype == torch.uint8
+    assert not {tuple(k) for k in a.y.tolist()} & {tuple(k) for k in test.y.tolist()}
+    assert (pixels(a.x) - cartoon(a.y)).abs().max() <= .5/255 + 1e-6
+    y = cartoons('train', {'train': 400, 'test': 1}).y
+    for j, v in enumerate(CARTOON.values()): assert sorted(set(y[:, j].tolist())) == list(range(v))
+
+
+def test_attributes_by_hand():
+    rows = torch.tensor([[*(BASE | c).values()] for c in (dict(hair=0, hair_colour=0), dict(hair=3, hair_colour=3, glasses=1), dict(skin=0, eyes=1, smile=3, width=4))])
+    said = [[n for n, a in zip(ATTRIBUTES, row) if a] for row in cartoon_attributes(rows).tolist()]
+    assert said == [['Bald', 'Smiling'], ['Bangs', 'Gray_Hair', 'Eyeglasses', 'Smiling'], ['Brown_Hair', 'Chubby', 'Narrow_Eyes', 'Pale_Skin']]
+    names, a = attributes('cartoons', rows)
+    assert names == [*ATTRIBUTES] and torch.equal(a, cartoon_attributes(rows))
+
+
+# ------------------------------------------------------------------ CelebA's layout
+def portrait(k, size=(178, 218)):
+    x = Image.fromarray((255*cartoon(k[None])[0]).byte().permute(1, 2, 0).numpy()).resize((178, 179), Image.BILINEAR)
+    canvas = Image.new('RGB', (178, 218)); canvas.paste(x, (0, 19))
+    return canvas if size == (178, 218) else canvas.resize(size)
+
+def lay_out(n=24, part=lambda i: (0, 0, 1, 2)[i % 4]):
+    "A folder in CelebA's layout below the data folder; the classes of its faces."
+    folder, k = celeba_folder(), classes(n, 7)
+    (folder/PICTURES).mkdir(parents=True)
+    for i in range(n): portrait(k[i]).save(folder/PICTURES/f'{i + 1:06}.jpg', quality=95)
+    rows = [f'{i + 1:06}.jpg ' + ' '.join(f'{2*a - 1:2}' for a in row) for i, row in enumerate(cartoon_attributes(k).tolist())]
+    (folder/ATTR).write_text('\n'.join([str(n), ' '.join(ATTRIBUTES), *rows]) + '\n')
+    (folder/PARTITION).write_text(''.join(f'{i + 1:06}.jpg {part(i)}\n' for i in range(n)))
+    return k
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path))
+    monkeypatch.setattr(data, 'BLOCK', 4)
+    return tmp_path
+
+@pytest.fixture
+def celeba(folder):
+    return lay_out()
+
+def reference(path):
+    "The thesis's preprocessing: all of the picture to 64 x 78, then rows 7 to 70."
+    return torch.tensor(np.asarray(Image.open(path).convert('RGB').resize((64, 78), Image.BILINEAR))[7:71]).permute(2, 0, 1)
+
+def complaint(name='celeba', part='train'):
+    with pytest.raises(DataError) as e: load(name, part)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+def test_celebas_layout_is_read_as_the_thesis_did(celeba):
+    train, test = load('celeba'), load('celeba', 'test')
+    a, parts = cartoon_attributes(celeba), torch.tensor([(0, 0, 1, 2)[i % 4] for i in range(24)])
+    assert train.x.shape == (18, 3, 64, 64) and test.x.shape == (6, 3, 64, 64) and train.x.dtype == torch.uint8
+    assert torch.equal(train.y, a[parts < 2]) and torch.equal(test.y, a[parts == 2])
+    for x, i in zip([*train.x, *test.x], [*np.flatnonzero(parts < 2), *np.flatnonzero(parts == 2)]):
+        assert torch.equal(x, reference(celeba_folder()/PICTURES/f'{i + 1:06}.jpg'))
+    assert attributes('celeba', train.y)[0] == [*ATTRIBUTES]
+    assert load('celeba', 'test', 32).x.shape == (6, 3, 32, 32)
+
+
+def test_pictures_are_mapped_and_decoded_once(celeba, monkeypatch):
+    x = load('celeba').x
+    assert str(celeba_folder()/'aligned_64.npy') in Path('/proc/self/maps').read_text() if os.path.exists('/proc/self/maps') else True
+    monkeypatch.setattr(data, 'decode_block', lambda *a: pytest.fail('decoded again'))
+    assert torch.equal(load('celeba').x, x)
+    x[0] = 0                                                                        # a private copy: the file is not touched
+    assert load('celeba').x[0].any()
+
+
+def test_a_corrupt_picture_is_named_and_the_rest_is_kept(celeba, monkeypatch):
+    good = (celeba_folder()/PICTURES/'000007.jpg').read_bytes()
+    (celeba_folder()/PICTURES/'000007.jpg').write_bytes(good[:len(good)//2])
+    said = complaint()
+    assert '1 of 24' in said and '000007.jpg' in said and 'truncated' in said and 'Replace' in said
+    assert not (celeba_folder()/'aligned_64.npy').exists()
+    done, whole = [], data.decode_block
+    monkeypatch.setattr(data, 'decode_block', lambda files, out: (done.extend(files), whole(files, out))[1])
+    assert '000007.jpg' in complaint() and len(done) == 4                           # still there, and nothing else is decoded again
+    (celeba_folder()/PICTURES/'000007.jpg').write_bytes(good)
+    load('celeba')
+    assert torch.equal(load('celeba').x[5], reference(celeba_folder()/PICTURES/'000007.jpg'))
+
+
+def test_no_picture_at_all(celeba):
+    (celeba_folder()/PICTURES/'000003.jpg').write_bytes(b'<html>Too many users have downloaded this file</html>')
+    (celeba_folder()/PICTURES/'000009.jpg').write_bytes(b'')
+    said = complaint()
+    assert '2 of 24' in said and '000003.jpg' in said and '000009.jpg' in said
+
+
+def test_a_picture_of_another_size_is_named(celeba):
+    portrait(celeba[0], (100, 120)).save(celeba_folder()/PICTURES/'000001.jpg')
+    said = complaint()
+    assert '000001.jpg' in said and '100 x 120' in said and '178 x 218' in said
+
+
+def test_a_missing_picture_is_named_before_anything_is_decoded(celeba, monkeypatch):
+    monkeypatch.setattr(data, 'decode_block', lambda *a: pytest.fail('decoded'))
+    for i in (2, 5, 11, 20): (celeba_folder()/PICTURES/f'{i:06}.jpg').unlink()
+    said = complaint()
+    assert '4 of 24' in said and '000002.jpg, 000005.jpg, 000011.jpg, ...' in said and not list(celeba_folder().glob('*.part'))
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda t: t[:len(t)*2//3], 'line'),                                             # cut in the middle of a line
+    (lambda t: ''.join(t.splitlines(True)[:-5]), 'announces 24 pictures and lists 19'),
+    (lambda t: t.replace(' -1 ', '  0 ', 1), 'line 3'),
+    (lambda t: '', 'does not begin with'), (lambda t: t.split('\n', 1)[1], 'does not begin with')])
+def test_a_damaged_attribute_file(celeba, damage, words):
+    f = celeba_folder()/ATTR
+    f.write_text(damage(f.read_text()))
+    said = complaint()
+    assert ATTR in said and words in said and 'get it again' in said
+
+
+def test_a_cut_partition_file(celeba):
+    f = celeba_folder()/PARTITION
+    f.write_text(f.read_text()[:-60])
+    assert PARTITION in complaint() and 'get it again' in complaint()
+
+
+def test_text_files_of_the_published_length_must_be_the_published_ones(celeba, monkeypatch):
+    monkeypatch.setattr(data, 'CELEBA_SIZE', 24)
+    assert 'md5' in complaint() and data.MD5['celeba'][ATTR] in complaint()
+    from hashlib import md5
+    for f in (ATTR, PARTITION): monkeypatch.setitem(data.MD5['celeba'], f, md5((celeba_folder()/f).read_bytes()).hexdigest())
+    assert len(load('celeba').x) == 18
+
+
+def test_what_is_missing_and_where_to_get_it(folder):
+    said = complaint()
+    assert all(f in said for f in (PICTURES, ATTR, PARTITION, 'mmlab.ie.cuhk.edu.hk', str(folder/'celeba'), 'VAE_ROBUST_DATA'))
+    lay_out()
+    (celeba_folder()/PARTITION).unlink()
+    assert f'there is no {PARTITION}.' in complaint()
+    (celeba_folder()/PICTURES).rename(celeba_folder()/'elsewhere'); (celeba_folder()/f'{PICTURES}.zip').touch()
+    assert 'waits to be unpacked' in complaint()
+
+
+def test_an_interrupted_decoding_goes_on(celeba, monkeypatch):
+    whole, done = data.decode_block, []
+    def one_then_stop(files, out):
+        done.append(files[0].name)
+        if len(done) == 4: raise KeyboardInterrupt
+        return whole(files, out)
+    monkeypatch.setattr(data, 'ThreadPoolExecutor', partial(data.ThreadPoolExecutor, 1))
+    monkeypatch.setattr(data, 'decode_block', one_then_stop)
+    with pytest.raises(KeyboardInterrupt): load('celeba')
+    assert json.loads((celeba_folder()/'aligned_64.json').read_text())['done'] and not (celeba_folder()/'aligned_64.npy').exists()
+    kept = len(json.loads((celeba_folder()/'aligned_64.json').read_text())['done'])
+    done.clear()
+    monkeypatch.setattr(data, 'decode_block', lambda files, out: (done.append(files[0].name), whole(files, out))[1])
+    x = load('celeba').x
+    assert len(done) == 6 - kept and torch.equal(x[0], reference(celeba_folder()/PICTURES/'000001.jpg'))
+    for i, name in enumerate(['000001', '000002', '000003', '000005']): assert torch.equal(x[i], reference(celeba_folder()/PICTURES/f'{name}.jpg'))
+
+
+def test_other_pictures_are_decoded_again(celeba):
+    old = load('celeba').x[0].clone()
+    portrait(celeba[3]).save(celeba_folder()/PICTURES/'000001.jpg', quality=80)
+    new = load('celeba').x[0]
+    assert not torch.equal(old, new) and torch.equal(new, reference(celeba_folder()/PICTURES/'000001.jpg'))
+
+
+# ------------------------------------------------------------------ any folder
+def test_a_folder_of_faces(folder, tmp_path):
+    own = tmp_path/'own'; (own/'more').mkdir(parents=True)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)) for i in range(20)]
+    for i, image in enumerate(images): image.save(own/('more' if i > 15 else '.')/f'{i:02}.png')
+    train, test = load(f'faces:{own}'), load(f'faces:{own}', 'test')
+    assert train.x.shape == (18, 3, 64, 64) and train.y.shape == (18, 0) and len(test.x) == 2
+    assert torch.equal(test.x[0], torch.tensor(np.asarray(images[0])).permute(2, 0, 1)) and torch.equal(train.x[-1], torch.tensor(np.asarray(images[19])).permute(2, 0, 1))
+    assert sorted(p.suffix for p in own.rglob('*') if p.is_file()) == ['.png']*20                  # nothing of ours among them
+    with pytest.raises(DataError, match='attributes'): attributes(f'faces:{own}', train.y)
+
+
+def test_folders_that_will_not_do(folder, tmp_path):
+    assert 'at least 10 pictures' in complaint(f'faces:{tmp_path}/nowhere')
+    own = tmp_path/'own'; own.mkdir()
+    for i in range(12): Image.new('L', (50, 40 if i == 4 else 50)).save(own/f'{i}.png')
+    assert '4.png' in complaint(f'faces:{own}') and '50 x 40' in complaint(f'faces:{own}')
+    assert 'no data set' in complaint('faces') and 'no data set' in complaint('faces:')
+
+
+def test_square():
+    assert square(Image.new('L', (100, 100), 77)).tolist() == np.full((3, 64, 64), 77).tolist()
+    with pytest.raises(ValueError, match='218 x 178'): square(Image.new('RGB', (218, 178)))
+
+
+# ------------------------------------------------------------------ models
+def test_gaussian_likelihood_is_half_the_sum_of_squares():
+    model, x, code = VAE(4, 3, 3, 64, likelihood='gaussian'), torch.rand(5, 3, 64, 64), torch.randn(5, 7)
+    a, b = model.log_likelihood(x, code), model.log_likelihood(x.flip(0), code)
+    half = lambda y: .5*((y - model.decode(code))**2).sum((1, 2, 3))
+    torch.testing.assert_close(a - b, half(x.flip(0)) - half(x), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize('size, channels', [(32, 1), (64, 3)])
+def test_the_large_network(size, channels):
+    m, x = VAE(6, 3, channels, size, likelihood='gaussian', network='large'), torch.rand(4, channels, size, size)
+    terms = elbo(m, x); terms.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
+    m.eval()
+    assert m(x).shape == x.shape and torch.allclose(m(x)[:1], m(x[:1]), atol=1e-5)                  # in evaluation an image stands alone
+    assert [c.out_channels for c in m.encoder if hasattr(c, 'out_channels')] == [128, 256, 512, 1024][:len(bin(size)) - 5]
+
+
+@pytest.mark.parametrize('kw', [{'network': 'huge'}, {'network': 'large', 'size': 128}])
+def test_networks_that_do_not_exist(kw):
+    with pytest.raises(ValueError, match='small'): VAE(**kw)
+
+
+def test_presets_of_faces_and_those_of_mnist():
+    p = preset('celeba.disentangled')
+    assert (p.C_z, p.C_c, p.C_steps, p.gamma, p.n_z, p.n_c, p.steps) == (50, 10, 100_000, 100, 32, 10, 100_000)
+    m = build(preset('faces.entangled'))
+    assert m(torch.rand(2, 3, 64, 64)).shape == (2, 3, 64, 64) and m.n_z == 32
+    assert build(preset('celeba.entangled_large', n_z=4)).encoder[0].out_channels == 128
+    pretrained('mnist/entangled', 0)                                                                 # identities of shipped weights have not changed
+
+
+def test_a_training_on_the_layout_resumes_and_is_reproducible(celeba, tmp_path):
+    p = preset('celeba.disentangled', 'train.smoke', steps=4, batch=8)
+    one, two = (train(p, tmp_path/name, progress=False) for name in 'ab')
+    assert (tmp_path/'a/weights.safetensors').read_bytes() == (tmp_path/'b/weights.safetensors').read_bytes()
+    torch.testing.assert_close(train(p, tmp_path/'a', progress=False)(torch.rand(1, 3, 64, 64)).shape, two(torch.rand(1, 3, 64, 64)).shape)
