@@ -104,7 +104,7 @@ nav ul, nav ol {list-style: none; padding-left: .8em; margin: .3em 0} nav [aria-
 main {max-width: 52em; padding: 1em 2em 4em} a {color: #0057a3; text-decoration: none} a:hover, a:focus {text-decoration: underline}
 pre, code {font: 13px/1.45 ui-monospace, monospace} .highlight pre {padding: .6em .8em; background: #f5f5f3; overflow: auto} .output {overflow: auto; padding-left: .8em}
 img {max-width: 100%} table {border-collapse: collapse; font-size: 14px} td, th {padding: .2em .6em; border-bottom: 1px solid #ddd; text-align: right}
-main > table td {text-align: left} blockquote {margin: 1em 0; padding-left: 1em; border-left: 3px solid #ccc}
+main > table td, main > table th {text-align: left} blockquote {margin: 1em 0; padding-left: 1em; border-left: 3px solid #ccc}
 .anchor-link {visibility: hidden} :hover > .anchor-link {visibility: visible} .way {display: flex; justify-content: space-between; margin-top: 3em}
 mjx-container {overflow-x: auto; overflow-y: hidden; max-width: 100%} input {width: 100%; box-sizing: border-box; margin: .6em 0}
 @media (max-width: 50em) {body {display: block} nav {position: static; height: auto}}
