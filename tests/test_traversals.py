@@ -1,6 +1,7 @@
 "Traversals, the latent explorer and the attack playground, by their Python side; tests/test_e2e.py has the browser's."
-import io, time
+import io, re, time
 from datetime import datetime, timezone
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
@@ -180,3 +181,14 @@ def test_playground_draws_while_it_runs(play):
     play.run.click()
     play.thread.join()
     assert len(set(pictures)) >= 3
+
+
+def test_what_the_readme_shows_can_be_played_with():
+    readme = (Path(__file__).parent.parent/'README.md').read_text()
+    example = re.search(r'```py\n(.*?)```', readme, re.S)[1].replace("load('mnist'", "load('digits'")
+    *before, last = example.strip().splitlines()
+    exec('\n'.join(before), scope := {})
+    play = eval(last.removesuffix('.box'), scope)
+    play.run.click()
+    play.thread.join()
+    assert len(play.outcome) == 2 and play.box.children
