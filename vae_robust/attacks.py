@@ -574,7 +574,7 @@ class AttackPlayground:
         whole = lambda text, value, low, high: widgets.IntSlider(value, low, high, description=text, style=style, layout=wide)
         real = lambda text, value, low, high, step: widgets.FloatSlider(value, min=low, max=high, step=step, description=text, style=style, layout=wide)
         choice = lambda text, options, i=0: widgets.Dropdown(options=list(options), index=i, description=text, style=style, layout=wide)
-        self.sliders = {'source': whole('source', pair[0], 0, 9), 'target': whole('target', pair[1], 0, 9), 'number': whole('which of them', pair[2], 0, 19),
+        self.sliders = {'source': whole('source', pair[0], 0, 9), 'target': whole('target', pair[1], 0, 9), 'number': whole('which one', pair[2], 0, 19),
                         'lam': real('λ', 1, 0, 4, .05), 'eps': real('ε', .1, .01, .5, .01), 'steps': whole('steps', 40, 1, 1000)}
         self.sides = [choice(f'model {i + 1}', models, i % len(models)) for i in (0, 1)]
         self.objective, self.judge = choice('objective', ('latent', 'kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'judge')), choice('judge', judges)

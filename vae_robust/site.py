@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['FORMULA', 'TAG', 'PAGE', 'STYLE', 'SEARCH', 'ID', 'SiteError', 'chapters', 'cleaned', 'anchored', 'linked', 'settled',
            'signature', 'entry', 'reference', 'sections', 'contents', 'mathjax', 'texts', 'html_of', 'converted',
-           'build']
+           'equations_of', 'index', 'bound', 'build']
 
-# %% ../nbs/19_site.ipynb #332a9041
-import html, inspect, json, re, shutil, tarfile, tempfile
+# %% ../nbs/19_site.ipynb #0b8c8192
+import html, inspect, json, nbformat, re, shutil, tarfile, tempfile
 from importlib import import_module
 from pathlib import Path
 from string import Template
-import nbformat
 from nbconvert.filters import ansi2html, markdown2html
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -25,6 +24,7 @@ from .settings import root, write
 class SiteError(RuntimeError):
     "A site that cannot be built; the message says why."
 
+# %% ../nbs/19_site.ipynb #e2f94bed
 def chapters():
     "The notebooks, in order; `SiteError` outside a checkout."
     found = sorted((root()/'nbs').glob('*.ipynb'))
@@ -42,6 +42,7 @@ def cleaned(nb):
 FORMULA = r'(\$\$.*?\$\$|\$[^$\n]+\$|```.*?```|`[^`\n]+`|\]\([^)]*\))'
 TAG = r'\\tag\{(.+?)\}'
 
+# %% ../nbs/19_site.ipynb #a7f3376b
 def anchored(text):
     "Markdown with an anchor `eq-...` before each equation that has a tag."
     name = lambda m: ''.join(f'<a id="eq-{t}"></a>' for t in re.findall(TAG, m[0])) + m[0]
@@ -104,7 +105,7 @@ nav ul, nav ol {list-style: none; padding-left: .8em; margin: .3em 0} nav [aria-
 main {max-width: 52em; padding: 1em 2em 4em} a {color: #0057a3; text-decoration: none} a:hover, a:focus {text-decoration: underline}
 pre, code {font: 13px/1.45 ui-monospace, monospace} .highlight pre {padding: .6em .8em; background: #f5f5f3; overflow: auto} .output {overflow: auto; padding-left: .8em}
 img {max-width: 100%} table {border-collapse: collapse; font-size: 14px} td, th {padding: .2em .6em; border-bottom: 1px solid #ddd; text-align: right}
-main > table td {text-align: left} blockquote {margin: 1em 0; padding-left: 1em; border-left: 3px solid #ccc}
+main > table td, main > table th {text-align: left} blockquote {margin: 1em 0; padding-left: 1em; border-left: 3px solid #ccc}
 .anchor-link {visibility: hidden} :hover > .anchor-link {visibility: visible} .way {display: flex; justify-content: space-between; margin-top: 3em}
 mjx-container {overflow-x: auto; overflow-y: hidden; max-width: 100%} input {width: 100%; box-sizing: border-box; margin: .6em 0}
 @media (max-width: 50em) {body {display: block} nav {position: static; height: auto}}
@@ -113,10 +114,8 @@ mjx-container {overflow-x: auto; overflow-y: hidden; max-width: 100%} input {wid
 # %% ../nbs/19_site.ipynb #5ef5a705
 SEARCH = """const field = document.getElementById('search'), found = document.getElementById('found')
 field.addEventListener('input', () => {
-  const words = field.value.toLowerCase().split(/\\s+/).filter(w => w)
-  const hits = words.length ? SECTIONS.filter(s => words.every(w => s[2].includes(w))) : []
-  const rank = s => words.filter(w => s[1].toLowerCase().includes(w)).length
-  hits.sort((a, b) => rank(b) - rank(a))
+  const words = field.value.toLowerCase().split(/\\s+/).filter(w => w), rank = s => words.filter(w => s[1].toLowerCase().includes(w)).length
+  const hits = words.length ? SECTIONS.filter(s => words.every(w => s[2].includes(w))).sort((a, b) => rank(b) - rank(a)) : []
   found.replaceChildren(...hits.slice(0, 20).map(([href, title]) => {
     const item = document.createElement('li'), link = item.appendChild(document.createElement('a'))
     link.href = href; link.textContent = title
@@ -124,9 +123,10 @@ field.addEventListener('input', () => {
 })
 """
 
-# %% ../nbs/19_site.ipynb #403c1249
+# %% ../nbs/19_site.ipynb #65d979ec
 ID = r'id="([^"]+)"'
 
+# %% ../nbs/19_site.ipynb #b06f0596
 def sections(file, page):
     "The sections of a page's HTML: [(address, heading, text), ...], the first of them the beginning of the page."
     plain = lambda s: ' '.join(html.unescape(re.sub(r'<style.*?</style>|<[^>]+>', ' ', s, flags=re.S)).replace('¶', '').split())
@@ -137,7 +137,8 @@ def sections(file, page):
 # %% ../nbs/19_site.ipynb #92d3a9a3
 def contents(here, titles, page):
     "The list of all pages (file -> title, `titles`) as HTML; under the page `here` its sections."
-    inner = ''.join(f'<li><a href="{a}">{html.escape(h)}</a></li>' for a, h, _ in sections(here, page) if h and '<h2 id="' + a.split('#')[1] in page)
+    here_too = [(a, h) for a, h, _ in sections(here, page) if f'<h2 id="{a.partition("#")[2]}"' in page]
+    inner = ''.join(f'<li><a href="{a}">{html.escape(h)}</a></li>' for a, h in here_too)
     item = lambda f, t: f'<li><a href="{f}"{" aria-current=page" if f == here else ""}>{html.escape(t)}</a>{f"<ul>{inner}</ul>" if f == here and inner else ""}</li>'
     return '<ul>' + ''.join(item(f, t) for f, t in titles.items()) + '</ul>'
 
@@ -176,18 +177,32 @@ def converted(text, equations, pages):
     if isinstance(text, str): return prose(text)
     return '\n'.join(prose(c.source) if c.cell_type == 'markdown' else code(c) for c in text.cells)
 
-# %% ../nbs/19_site.ipynb #1c1948ab
-def build(folder=None, notebooks=None):
-    "Write the site of the `notebooks` (all) to `folder` (_site in the checkout), and return the path of its front page."
-    folder, notebooks = Path(folder or root()/'_site'), notebooks or chapters()
-    mathjax(folder)
-    equations = {t: f'{f.stem}.html' for f in notebooks for t in re.findall(TAG, '\n'.join(c.source for c in nbformat.read(f, 4).cells if c.cell_type == 'markdown'))}
-    pages = {int(f.stem[:2]): f'{f.stem}.html' for f in notebooks}
-    found = [(file, title, settled(converted(text, equations, pages), source, folder)) for file, title, text, source in tqdm([*texts(notebooks)], 'site', mininterval=1)]
+# %% ../nbs/19_site.ipynb #5964aadb
+def equations_of(notebooks):
+    "The page of every equation: tag -> file."
+    prose = lambda f: '\n'.join(c.source for c in nbformat.read(f, 4).cells if c.cell_type == 'markdown')
+    return {t: f'{f.stem}.html' for f in notebooks for t in re.findall(TAG, prose(f))}
+
+# %% ../nbs/19_site.ipynb #80aa85a2
+def index(found):
+    "What search looks in: a script with all sections of pages [(file, title, body), ...], in lower case."
+    return 'const SECTIONS = ' + json.dumps([(a, f'{title}: {h}' if h else title, t.lower()) for file, title, body in found for a, h, t in sections(file, body)])
+
+# %% ../nbs/19_site.ipynb #3cf0b670
+def bound(found):
+    "Pages [(file, title, body), ...] with contents, and the way on and back: (file, HTML)."
     titles = {file: title for file, title, _ in found}
     way = lambda i, mark: f'<a rel="{mark}" href="{found[i][0]}">{found[i][1]}</a>' if 0 <= i < len(found) else ''
     for i, (file, title, body) in enumerate(found):
-        write(folder/file, PAGE.substitute(title=title, body=body, contents=contents(file, titles, body), before=way(i - 1, 'prev'), after=way(i + 1, 'next')))
-    index = [(a, f'{title}: {h}' if h else title, t.lower()) for file, title, body in found for a, h, t in sections(file, body)]
-    for name, text in {'style.css': STYLE, 'search.js': SEARCH, 'sections.js': f'const SECTIONS = {json.dumps(index)}'}.items(): write(folder/name, text)
+        yield file, PAGE.substitute(title=title, body=body, contents=contents(file, titles, body), before=way(i - 1, 'prev'), after=way(i + 1, 'next'))
+
+# %% ../nbs/19_site.ipynb #1c1948ab
+def build(folder=None, notebooks=None):
+    "Write the site of the `notebooks` (all) to `folder` (_site in the checkout), and return the path of its front page; `SiteError`."
+    folder, notebooks = Path(folder or root()/'_site'), notebooks or chapters()
+    mathjax(folder)
+    equations, pages = equations_of(notebooks), {int(f.stem[:2]): f'{f.stem}.html' for f in notebooks}
+    bar = tqdm([*texts(notebooks)], 'site', mininterval=1)
+    found = [(file, title, settled(converted(text, equations, pages), source, folder)) for file, title, text, source in bar]
+    for name, text in [*bound(found), ('style.css', STYLE), ('search.js', SEARCH), ('sections.js', index(found))]: write(folder/name, text)
     return folder/'index.html'

@@ -116,26 +116,33 @@ class LatentExplorer:
         self.name = widgets.ToggleButtons(options=list(self.models), description='model', style={'button_width': '9em'})
         self.index = widgets.IntSlider(index, 0, len(data.x) - 1, description='test image', style=style, layout=wide)
         self.sliders = [widgets.FloatSlider(min=-5, max=5, step=.1, readout_format='.1f', style=style, layout=wide) for _ in range(first.n_z)]
-        self.category = widgets.ToggleButtons(options=list(range(first.n_c)), style={'button_width': '2em'})
+        self.category = widgets.ToggleButtons(options=list(range(first.n_c)), style={'button_width': '2.6em'})
         self.upload = widgets.FileUpload(accept='image/*', description='a digit of your own', layout=widgets.Layout(width='auto'))
         self.reset, self.save = widgets.Button(description='reset'), widgets.Button(description='save PNG')
         self.image, self.note, self.moved = widgets.Image(format='png', layout=widgets.Layout(width='40em')), widgets.Label(), self.sliders[0]
-        for c in (self.name, self.index, self.upload): c.observe(self.restart, 'value')
+        for c, f in {self.name: self.restart, self.index: self.pick, self.upload: self.take}.items(): c.observe(f, 'value')
         for c in (*self.sliders, self.category): c.observe(self.touch, 'value')
         self.reset.on_click(self.restart), self.save.on_click(self.keep)
         right = widgets.VBox([self.image, self.note, self.category, widgets.HBox([self.reset, self.save, self.upload])])
         self.box = widgets.VBox([self.name, widgets.HBox([widgets.VBox([self.index, *self.sliders]), right])])
-        self.restart()
+        self.pick()
 
     model = property(lambda self: self.models[self.name.value])
     order = property(lambda self: self.kl[self.name.value][0].argsort(descending=True).tolist())
 
-    @property
-    def x(self):
-        "The chosen image, (1, ...): a test image, or the uploaded file, white on black, resized."
-        if not self.upload.value: return pixels(self.data.x[self.index.value][None])
-        own = Image.open(io.BytesIO(self.upload.value[0].content)).convert('L').resize(self.data.x.shape[:1:-1])
-        return pixels(torch.from_numpy(np.array(own))[None, None])
+    def pick(self, *_):
+        "Look at the chosen test image."
+        self.x = pixels(self.data.x[self.index.value][None])
+        self.restart()
+
+    def take(self, *_):
+        "Look at the uploaded picture, white on black, resized; a sentence if it is none."
+        if not self.upload.value: return
+        try: own = Image.open(io.BytesIO(self.upload.value[0]['content'])).convert('L').resize(self.data.x.shape[:1:-1])
+        except OSError: self.note.value = 'This file is not a picture that can be read.'
+        else:
+            self.x = pixels(torch.from_numpy(np.array(own))[None, None])
+            self.restart()
 
     @property
     def code(self):
@@ -145,7 +152,7 @@ class LatentExplorer:
         return torch.cat([z, torch.eye(self.model.n_c)[[self.category.index]]], -1) if self.model.n_c else z
 
     def restart(self, *_):
-        "Back to the code of the chosen image; each slider is named with its latent and its KL."
+        "Back to the code of the image; each slider is named with its latent and its KL."
         self.quiet, (kl_z, kl_c) = True, self.kl[self.name.value]
         with torch.no_grad(): code = self.model.posterior(self.x).mode[0]
         for s, j in zip(self.sliders, self.order): s.description, s.value = f'z{j}: {kl_z[j]:.2f} nats', code[j].item()
