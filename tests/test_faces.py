@@ -1,11 +1,14 @@
 import json, os
+from hashlib import md5
 from functools import partial
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from scipy.stats import ttest_ind
 
-from vae_robust import data
+from vae_robust import celeba as ch15, data
+from vae_robust.attacks import norm
 from vae_robust.data import (ATTR, ATTRIBUTES, CARTOON, GROUNDS, PARTITION, PICTURES, DataError, attributes, cartoon, cartoon_attributes, cartoons, celeba_folder,
                              load, pixels, square)
 from vae_robust.settings import preset
@@ -197,7 +200,6 @@ def test_a_cut_partition_file(celeba):
 def test_text_files_of_the_published_length_must_be_the_published_ones(celeba, monkeypatch):
     monkeypatch.setattr(data, 'CELEBA_SIZE', 24)
     assert 'md5' in complaint() and data.MD5['celeba'][ATTR] in complaint()
-    from hashlib import md5
     for f in (ATTR, PARTITION): monkeypatch.setitem(data.MD5['celeba'], f, md5((celeba_folder()/f).read_bytes()).hexdigest())
     assert len(load('celeba').x) == 18
 
@@ -299,3 +301,103 @@ def test_a_training_on_the_layout_resumes_and_is_reproducible(celeba, tmp_path):
     one, two = (train(p, tmp_path/name, progress=False) for name in 'ab')
     assert (tmp_path/'a/weights.safetensors').read_bytes() == (tmp_path/'b/weights.safetensors').read_bytes()
     torch.testing.assert_close(train(p, tmp_path/'a', progress=False)(torch.rand(1, 3, 64, 64)).shape, two(torch.rand(1, 3, 64, 64)).shape)
+
+
+# ------------------------------------------------------------------ chapter 15
+
+def test_flips_by_hand():
+    source, target = torch.tensor([[1, 1, 0, 0, 1]]), torch.tensor([[0, 1, 1, 0, 0]])
+    before, after = torch.tensor([[1, 1, 0, 1, 1]]), torch.tensor([[0, 0, 0, 0, 1]])
+    f = {k: v.int().tolist()[0] for k, v in ch15.flips(source, target, before, after).items()}
+    assert f == {'kept': [1, 1, 1, 0, 1], 'lost': [1, 1, 0, 0, 0], 'differ': [1, 0, 1, 0, 1], 'flipped': [1, 0, 0, 0, 0]}
+
+
+def small():
+    torch.manual_seed(1)
+    return VAE(6, 3, 3, 64, likelihood='gaussian').eval()
+
+
+def test_ratios_of_images_on_the_way_to_the_target():
+    m, (x, x_t) = small(), cartoon(classes(8, 3)).unflatten(0, (2, 4))
+    with torch.no_grad():
+        xs = x + .3*(x_t - x)
+        r, phi = ch15.ratios(m, x, x_t, xs), lambda a: torch.cat([m.encode(a)[0], m.encode(a)[2]], 1)
+        torch.testing.assert_close(r['l2'], .3*norm(x_t - x))
+        torch.testing.assert_close(r['ratio'], norm(phi(xs) - phi(x_t))/norm(phi(x) - phi(x_t)))
+        torch.testing.assert_close(r['to_target'], norm(m(xs) - m(x_t))/norm(m(x) - m(x_t)))
+        torch.testing.assert_close(r['from_source'], norm(m(xs) - m(x))/norm(m(x) - m(x_t)))
+
+
+def test_pairs_are_of_different_images():
+    s, t = ch15.face_pairs(40, 100)
+    assert len({*s.tolist(), *t.tolist()}) == 80 and torch.equal(ch15.face_pairs(40, 100)[0], s) and not torch.equal(ch15.face_pairs(40, 100, 1)[0], s)
+
+
+def test_the_attack_through_the_judge_brings_the_judge_to_the_targets_attributes():
+    m, judge, (x, x_t) = small(), ch15.attribute_judge(5).eval(), cartoon(classes(8, 3)).unflatten(0, (2, 4))
+    torch.nn.init.normal_(m.decoder[2].weight, std=.1), torch.nn.init.normal_(m.encoder[-1].weight, std=.5)
+    xs = ch15.attacked_faces(m, judge, preset('attack.judge', steps=10), x, x_t)
+    J = ch15.through_judge(m, x_t, 'logits', judge)
+    with torch.no_grad(): assert (J(xs) <= J(x) + 1e-6).all() and J(xs).mean() < J(x).mean() and (xs - x).abs().max() <= .1 + 1e-6
+
+
+def rows(**kw):
+    base = {'model': 'disentangled', 'seed': 0, 'attack': 'strong', 'pair': 0, 'attribute': 'Bald', 'kept': 1, 'lost': 0, 'differ': 1, 'flipped': 0,
+            'ratio': .5, 'ratio_kl': .5, 'to_target': .5, 'from_source': .5, 'l2': 2.}
+    return base | kw
+
+def test_shares_and_the_worst_case_by_hand():
+    t = pd.DataFrame([rows(), rows(pair=1, lost=1, flipped=1), rows(pair=2, kept=0, differ=0), rows(pair=3, differ=0, lost=1),
+                      rows(attack='output', lost=1, flipped=1, to_target=.1), rows(attack='output', pair=1), rows(attack='output', pair=2, kept=0, differ=0), rows(attack='output', pair=3, differ=0),
+                      rows(attack='noise', lost=1, pair=2, kept=1, differ=1, flipped=1)])
+    s = ch15.by_seed(ch15.with_worst(t)).set_index('attack')
+    assert s.loc['strong', 'lost'] == pytest.approx(200/3) and s.loc['strong', 'flipped'] == 50
+    assert s.loc['output', 'lost'] == pytest.approx(100/3) and s.loc['worst', 'lost'] == 100 and s.loc['worst', 'flipped'] == 100
+    assert s.loc['worst', 'to_target'] == pytest.approx((.1 + 3*.5)/4)                             # noise is no attack
+
+
+def test_differences_are_welchs():
+    u, v = [10., 12., 11.], [20., 25., 21.]
+    t = pd.DataFrame([{'model': m, 'seed': i, 'attack': 'strong', 'lost': x} for m, values in (('disentangled', u), ('entangled', v)) for i, x in enumerate(values)])
+    d = ch15.differences(t, 'lost').loc['strong']
+    low, high = ttest_ind(u, v, equal_var=False).confidence_interval()
+    assert d.difference == pytest.approx(-11) and (d.low, d.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path, monkeypatch):
+    "Models, judge, attacks, tables and pictures of the job for CelebA, made small."
+    small_job = preset('job.celeba', train='train.smoke', judge='judge.celeba', attacks='attack.none, attack.strong, attack.judge', pairs='3, 3, 3', seeds='0')
+    whole = preset
+    def shorter(name, *overlays, **kw):
+        if name == 'job.celeba': return small_job
+        if name == 'judge.celeba': return whole(name, steps=3, batch=8)
+        if name.startswith('celeba.'): return whole(name, *overlays, steps=3, batch=8)
+        if name in ('attack.strong', 'attack.judge'): return whole(name, **kw, steps=2)
+        return whole(name, *overlays, **kw)
+    monkeypatch.setattr(ch15, 'preset', shorter)
+    ch15.images.cache_clear()
+    seeds = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')
+    ch15.images.cache_clear()
+    assert sorted(f.name for f in (tmp_path/'out').iterdir()) == ['celeba.csv', 'celeba.md', 'celeba_adversarial_disentangled.png', 'celeba_adversarial_entangled.png', 'celeba_differences.csv', 'celeba_differences.md']
+    none = seeds[seeds.attack == 'none']
+    assert len(none) == 2 and (none.lost == 0).all() and (none.to_target == 1).all() and (none.ratio == 1).all() and (none.l2 == 0).all()
+
+
+@pytest.mark.skipif(not LONDON.exists(), reason='the London faces lie beside the project, not in it')
+def test_photographs_go_through_the_whole_path(folder, tmp_path):
+    "204 real faces: decoded, trained on, attacked; the latent attack brings codes and reconstructions closer to the target's."
+    own = tmp_path/'london'; own.mkdir()
+    photographs = np.load(LONDON)['images']
+    for i, x in enumerate(photographs): Image.fromarray(x).save(own/f'{i:03}.png')
+    name = f'faces:{own}'
+    d, test = load(name), load(name, 'test')
+    assert len(d.x) == 183 and len(test.x) == 21
+    assert torch.equal(test.x[1], torch.tensor(photographs[10]).permute(2, 0, 1))
+    p = preset('faces.entangled', 'train.smoke', data=name, steps=60, lr=2e-3, batch=16)
+    m = train(p, tmp_path/'run', progress=False)
+    x = pixels(test.x)
+    error = lambda y: .5*norm(x - y).square().mean()
+    with torch.no_grad(): assert error(m(x)) < .8*error(torch.full_like(x, .5))
+    x, x_t = x[:5], x[5:10]
+    r = ch15.ratios(m, x, x_t, ch15.attacked_faces(m, None, preset('attack.strong', features='means', steps=20), x, x_t))
+    assert r['ratio'].mean() < .9 and (r['l2'] > 0).all()

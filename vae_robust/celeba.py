@@ -210,10 +210,10 @@ def bars(seeds, measure, ax, label):
     ax.set(yticks=range(len(attacks)), yticklabels=attacks, xlabel=label)
     ax.invert_yaxis()
 
-# %% ../nbs/15_celeba.ipynb #089021be
-def areas(job, runs, radii=(.02, .05, .1, .2, .4)):
-    "Mean `auddc` over pairs of every model and seed of a `JobPreset` under its attacks `strong` and `output`: model, seed, attack, auddc. Resumes in `runs`."
-    rows, n = [], job.pairs[0]
+# %% ../nbs/15_celeba.ipynb #d24a8aa3
+def areas(job, runs, radii=(.02, .05, .1, .2, .4), n=10):
+    "Mean `auddc` over `n` pairs of every model and seed of a `JobPreset` under its attacks `strong` and `output`: model, seed, attack, auddc. Resumes in `runs`."
+    rows = []
     for (name, seed), model in tqdm(face_models(job, runs).items(), 'areas', delay=2):
         p = preset(name, job.train)
         x, x_t = pixels(images(p.data, 'test').x[face_pairs(n, len(images(p.data, 'test').x))])
