@@ -291,9 +291,11 @@ def hashes(of=WEIGHTS):
 
 # %% ../nbs/09_training.ipynb #1d8c3c8a
 def ship(run, name, seed, to=WEIGHTS):
-    "Copy the weights in the folder `run` to the package as `name` ('mnist/disentangled') and `seed`, and note their hash in SHA256SUMS."
+    """Copy the weights in the folder `run`, but for a discriminator, which only training needs, to the package as `name`
+    ('mnist/disentangled') and `seed`, and note their hash in SHA256SUMS."""
     file, sums = f'{name}/seed{seed}.safetensors', Path(to)/'SHA256SUMS'
-    data = (Path(run)/'weights.safetensors').read_bytes()
+    tensors, settings = read_weights(Path(run)/'weights.safetensors')
+    data = save_tensors({k: t for k, t in tensors.items() if not k.startswith('discriminator')}, {'settings': settings})
     write(Path(to)/file, data)
     write(sums, '\n'.join(f'{h}  {f}' for f, h in sorted((hashes(to) | {file: sha256(data).hexdigest()}).items())) + '\n')
 
@@ -316,4 +318,4 @@ def pretrained(name, seed=0, source=WEIGHTS):
     """The shipped `VAE` of a model such as 'mnist/disentangled', trained with `seed`, in eval mode. Raises `TrainingError` if there is
     none, if its file is damaged, or if the preset in settings.ini is no longer the one it was trained with."""
     path, p = shipped(name, seed, source), preset(name.replace('/', '.'))
-    return load_weights(path, build(p, seed=seed), identity(p, seed)).eval()
+    return load_weights(path, build(p.model_copy(update={'objective': 'elbo'}), seed=seed), identity(p, seed)).eval()
