@@ -114,11 +114,12 @@ def ratios(model, x, x_t, xs):
         gap = norm(g - g_t)
         return {'ratio': left(phi, lambda a, b: norm(a - b)), 'ratio_kl': left(q, symmetric), 'to_target': norm(g_s - g_t)/gap, 'from_source': norm(g_s - g)/gap, 'l2': norm(xs - x)}
 
-# %% ../nbs/15_celeba.ipynb #e1aa6a37
+# %% ../nbs/15_celeba.ipynb #235acded
 def disagreement(scores, target):
     "Logistic loss of `scores` (B, n) for the attributes that the `target` scores (B, n) show, summed over attributes: (B,)."
     return F.binary_cross_entropy_with_logits(scores, (target > 0).float(), reduction='none').sum(-1)
 
+# %% ../nbs/15_celeba.ipynb #4b7380a1
 def through_judge(model, x_t, name, judge):
     "An objective, as in `attacks.OBJECTIVES`: the `disagreement` of what `judge` sees in the reconstruction with what it sees in the target."
     return toward(lambda x: judge(reconstruction(model)(x)), disagreement, x_t, of=judge)
