@@ -163,7 +163,7 @@ def test_no_picture_at_all(celeba):
     (celeba_folder()/PICTURES/'000003.jpg').write_bytes(b'<html>Too many users have downloaded this file</html>')
     (celeba_folder()/PICTURES/'000009.jpg').write_bytes(b'')
     said = complaint()
-    assert '2 of 24' in said and '000003.jpg' in said and '000009.jpg' in said
+    assert '2 of 24' in said and '000003.jpg (no picture)' in said and '000009.jpg' in said
 
 
 def test_a_picture_of_another_size_is_named(celeba):

@@ -211,6 +211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vae_robust.data.npm': ('data.html#npm', 'vae_robust/data.py'),
                                  'vae_robust.data.npz_bits': ('data.html#npz_bits', 'vae_robust/data.py'),
                                  'vae_robust.data.outline': ('data.html#outline', 'vae_robust/data.py'),
+                                 'vae_robust.data.painted': ('data.html#painted', 'vae_robust/data.py'),
                                  'vae_robust.data.pixels': ('data.html#pixels', 'vae_robust/data.py'),
                                  'vae_robust.data.published': ('data.html#published', 'vae_robust/data.py'),
                                  'vae_robust.data.raw': ('data.html#raw', 'vae_robust/data.py'),

@@ -8,8 +8,8 @@ __all__ = ['MEASURES', 'images', 'face_model', 'face_models', 'portrait', 'stron
            'face_pairs', 'trial', 'results', 'with_worst', 'by_seed', 'spread', 'differences', 'adversarial_faces',
            'bars', 'areas', 'report']
 
-# %% ../nbs/15_celeba.ipynb #2fa44708
-import json
+# %% ../nbs/15_celeba.ipynb #5b1e89fe
+import json, warnings
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -114,11 +114,12 @@ def ratios(model, x, x_t, xs):
         gap = norm(g - g_t)
         return {'ratio': left(phi, lambda a, b: norm(a - b)), 'ratio_kl': left(q, symmetric), 'to_target': norm(g_s - g_t)/gap, 'from_source': norm(g_s - g)/gap, 'l2': norm(xs - x)}
 
-# %% ../nbs/15_celeba.ipynb #e1aa6a37
+# %% ../nbs/15_celeba.ipynb #235acded
 def disagreement(scores, target):
     "Logistic loss of `scores` (B, n) for the attributes that the `target` scores (B, n) show, summed over attributes: (B,)."
     return F.binary_cross_entropy_with_logits(scores, (target > 0).float(), reduction='none').sum(-1)
 
+# %% ../nbs/15_celeba.ipynb #4b7380a1
 def through_judge(model, x_t, name, judge):
     "An objective, as in `attacks.OBJECTIVES`: the `disagreement` of what `judge` sees in the reconstruction with what it sees in the target."
     return toward(lambda x: judge(reconstruction(model)(x)), disagreement, x_t, of=judge)
@@ -182,13 +183,14 @@ def spread(v, level=.95):
     half = student.ppf((1 + level)/2, len(v) - 1)*v.std(ddof=1)/len(v)**.5 if len(v) > 1 else np.nan
     return v.mean(), v.mean() - half, v.mean() + half
 
-# %% ../nbs/15_celeba.ipynb #86729c59
+# %% ../nbs/15_celeba.ipynb #4f20125d
 def differences(seeds, measure, a='disentangled', b='entangled'):
     "`measure` of model `a` minus that of `b` for each attack in a table `by_seed`, with Welch's interval: a data frame."
     rows = {}
     for name, g in seeds.groupby('attack', sort=False):
         u, v = (g[g.model == m][measure].values for m in (a, b))
-        rows[name] = dict(zip((a, b, 'difference', 'low', 'high', 'p'), (u.mean(), v.mean(), *welch(u, v)))) if min(len(u), len(v)) > 1 else {a: u.mean(), b: v.mean(), 'difference': u.mean() - v.mean()}
+        with warnings.catch_warnings(action='ignore', category=RuntimeWarning):                      # of scipy, about values that are all equal
+            rows[name] = dict(zip((a, b, 'difference', 'low', 'high', 'p'), (u.mean(), v.mean(), *welch(u, v)))) if min(len(u), len(v)) > 1 else {a: u.mean(), b: v.mean(), 'difference': u.mean() - v.mean()}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/15_celeba.ipynb #e9ff52e7
@@ -210,20 +212,19 @@ def bars(seeds, measure, ax, label):
     ax.set(yticks=range(len(attacks)), yticklabels=attacks, xlabel=label)
     ax.invert_yaxis()
 
-# %% ../nbs/15_celeba.ipynb #d24a8aa3
-def areas(job, runs, radii=(.02, .05, .1, .2, .4), n=10):
-    "Mean `auddc` over `n` pairs of every model and seed of a `JobPreset` under its attacks `strong` and `output`: model, seed, attack, auddc. Resumes in `runs`."
-    rows = []
+# %% ../nbs/15_celeba.ipynb #62a713ad
+def areas(job, runs, radii=(.05, .1, .2), n=10, kind='attack.strong'):
+    "Mean `auddc` over `n` pairs of every model and seed of a `JobPreset` under the attack `kind` with each of `radii` for eps: model, seed, attack, auddc. Resumes in `runs`."
+    rows, a = [], preset(kind)
     for (name, seed), model in tqdm(face_models(job, runs).items(), 'areas', delay=2):
         p = preset(name, job.train)
         x, x_t = pixels(images(p.data, 'test').x[face_pairs(n, len(images(p.data, 'test').x))])
-        for kind in ('strong', 'output'):
-            def area(kind=kind):
-                uv = [distortions(model, x, x_t, attacked_faces(model, None, preset(f'attack.{kind}', eps=e), x, x_t)) for e in radii]
-                return pd.DataFrame({'auddc': [auddc(*pair) for pair in torch.stack([torch.stack(d) for d in uv]).permute(2, 1, 0).numpy()]})
-            settings = {'model': json.loads(identity(p, seed)), 'attack': kind, 'radii': radii, 'pairs': n}
-            found = cell(Path(runs)/job.train/name/f'seed{seed}'/f'auddc_{kind}.csv', settings, area)
-            rows.append({'model': name.split('.')[1], 'seed': seed, 'attack': kind, 'auddc': found.auddc.mean()})
+        def area():
+            uv = [torch.stack(distortions(model, x, x_t, attacked_faces(model, None, a.model_copy(update={'eps': e}), x, x_t))) for e in radii]
+            return pd.DataFrame({'auddc': [auddc(*pair) for pair in torch.stack(uv).permute(2, 1, 0).numpy()]})
+        settings = {'model': json.loads(identity(p, seed)), 'attack': a.model_dump(exclude_defaults=True), 'radii': radii, 'pairs': n}
+        found = cell(Path(runs)/job.train/name/f'seed{seed}'/f'auddc_{kind}.csv', settings, area)
+        rows.append({'model': name.split('.')[1], 'seed': seed, 'attack': kind.split('.')[1], 'auddc': found.auddc.mean()})
     return pd.DataFrame(rows)
 
 # %% ../nbs/15_celeba.ipynb #e0f5bfda

@@ -8,10 +8,10 @@ __all__ = ['FILES', 'MD5', 'SOURCES', 'FACTORS', 'SHAPES', 'SCALES', 'BITS', 'NP
            'BLOCK', 'LOADERS', 'SIZES', 'ImageData', 'pixels', 'resize', 'DataError', 'read_idx', 'genuine',
            'data_folder', 'raw_folder', 'mirrors', 'call', 'npm', 'debian', 'idx', 'wheel', 'found', 'fetch', 'raw',
            'outline', 'gauge', 'least_scale', 'Bits', 'redrawn', 'published', 'npz_bits', 'dsprites', 'blob', 'blobs',
-           'coverage', 'ellipse', 'face', 'seen', 'grid', 'unless', 'behind', 'head', 'fringe', 'eyes', 'glasses',
-           'nose_and_mouth', 'cartoon', 'cartoons', 'cartoon_attributes', 'celeba_folder', 'require_celeba', 'lines',
-           'attribute_table', 'celeba_listing', 'square', 'decode_block', 'fingerprint', 'locked', 'decoded', 'decode',
-           'celeba', 'faces', 'attributes', 'digits', 'idx_data', 'load']
+           'coverage', 'ellipse', 'face', 'seen', 'grid', 'unless', 'painted', 'behind', 'head', 'fringe', 'eyes',
+           'glasses', 'nose_and_mouth', 'cartoon', 'cartoons', 'cartoon_attributes', 'celeba_folder', 'require_celeba',
+           'lines', 'attribute_table', 'celeba_listing', 'square', 'decode_block', 'fingerprint', 'locked', 'decoded',
+           'decode', 'celeba', 'faces', 'attributes', 'digits', 'idx_data', 'load']
 
 # %% ../nbs/01_data.ipynb #9ad16616
 import fcntl, gzip, hashlib, json, math, os, subprocess, sys, tarfile, tempfile, time, zipfile
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from urllib.request import urlopen
 import numpy as np, torch, torch.nn.functional as F
 from numpy.lib.format import open_memmap
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from platformdirs import user_cache_dir
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
@@ -257,12 +257,16 @@ def blobs(part):
     x = np.stack([blob(*(4 + k), rng) for k in y])
     return ImageData(torch.tensor(x*255).round().byte()[:, None], torch.tensor(y))
 
-# %% ../nbs/01_data.ipynb #42c3f71f
+# %% ../nbs/01_data.ipynb #97b68053
 CARTOON = FACTORS['cartoons'] = {'turn': 9, 'width': 5, 'skin': 6, 'hair_colour': 5, 'hair': 4, 'smile': 7, 'eyes': 5, 'glasses': 2, 'background': 8, 'light': 7}
 HAIR = 'bald', 'short', 'long', 'bangs'
+
+# %% ../nbs/01_data.ipynb #a6c60618
 SKINS = torch.tensor([(.99, .90, .83), (.96, .80, .69), (.88, .67, .53), (.76, .53, .38), (.58, .38, .26), (.40, .25, .17)])
 HAIRS = torch.tensor([(.09, .07, .07), (.38, .23, .12), (.93, .77, .43), (.68, .68, .70), (.66, .25, .11)])       # black, brown, blond, grey, red
 GROUNDS = torch.tensor([(.95, .95, .95), (.55, .75, .95), (.60, .85, .60), (.95, .85, .50), (.95, .65, .70), (.65, .60, .85), (.45, .50, .55), (.20, .30, .45)])
+
+# %% ../nbs/01_data.ipynb #fe8b6df8
 INK, SHIRT, LIPS = torch.tensor([(.10, .10, .13), (.30, .36, .50), (.70, .22, .24)])[..., None, None]
 
 # %% ../nbs/01_data.ipynb #f7ccfde0
@@ -302,6 +306,14 @@ def grid(top, bottom, left, right):
 def unless(off, d):
     "The distance `d`, or one that is everywhere outside where `off`."
     return torch.where(off, 9., d)
+
+# %% ../nbs/01_data.ipynb #dec6ccbd
+def painted(x, shapes):
+    "Images x (N, 3, 64, 64), changed in place, with shapes over them: triples of box, colour and signed distance."
+    for (top, bottom, left, right), colour, d in shapes:
+        under, share = x[:, :, top:bottom, left:right], coverage(d)
+        under += (share[:, None] if share.ndim == 3 else share)*(colour - under)
+    return x
 
 # %% ../nbs/01_data.ipynb #df9aeeea
 def behind(f):
@@ -359,15 +371,12 @@ def nose_and_mouth(f):
     lips = (y - 47.5 + h/3 - h*(1 - u*u)).abs()/(1 + (2*h*u/8.5)**2).sqrt() - 1.1
     yield box, LIPS*(.5 + .5*f['skin']), torch.maximum(lips, 8.5*(u.abs() - 1))
 
-# %% ../nbs/01_data.ipynb #5a4c25cc
+# %% ../nbs/01_data.ipynb #2ca4dcff
 def cartoon(k):
     "Cartoon faces of classes `k`, int64 (N, 10), in the order of `CARTOON`: float32 (N, 3, 64, 64) in [0, 1]."
     f = face(k)
     x = (f['ground']*(1.08 - .005*grid(*ALL)[1])).expand(-1, -1, 64, 64).clone()
-    for part in (behind, head, fringe, eyes, glasses, nose_and_mouth):
-        for (top, bottom, left, right), colour, d in part(f):
-            under, share = x[:, :, top:bottom, left:right], coverage(d)
-            under += (share[:, None] if share.ndim == 3 else share)*(colour - under)
+    for part in (behind, head, fringe, eyes, glasses, nose_and_mouth): painted(x, part(f))
     return x.clamp(0, 1)
 
 # %% ../nbs/01_data.ipynb #761fec57
@@ -393,11 +402,12 @@ def cartoon_attributes(k):
     k = dict(zip(CARTOON, k.T))
     return torch.stack([rule(k) for rule in ATTRIBUTES.values()], 1).long()
 
-# %% ../nbs/01_data.ipynb #155b13fd
+# %% ../nbs/01_data.ipynb #ea8d9f3e
 PICTURES, ATTR, PARTITION = 'img_align_celeba', 'list_attr_celeba.txt', 'list_eval_partition.txt'
 MD5['celeba'] = {ATTR: '75e246fa4810816ffd6ee81facbd244c', PARTITION: 'd32c9cbf5e040fd4025c592c306e6668'}
 CELEBA_SIZE = 202_599
 
+# %% ../nbs/01_data.ipynb #63c98c61
 def celeba_folder():
     "Where CelebA lies, in torchvision's layout."
     return data_folder()/'celeba'
@@ -450,7 +460,7 @@ def square(image):
     x = np.asarray(image.convert('RGB').resize((64, 64 if w == h else 78), Image.BILINEAR))
     return (x if w == h else x[7:71]).transpose(2, 0, 1)
 
-# %% ../nbs/01_data.ipynb #da534936
+# %% ../nbs/01_data.ipynb #6ad915e6
 BLOCK = 512
 
 def decode_block(files, out):
@@ -459,7 +469,7 @@ def decode_block(files, out):
     for i, f in enumerate(files):
         try:
             with Image.open(f) as image: out[i] = square(image)
-        except (OSError, SyntaxError, ValueError) as e: bad.append(f'{f.name} ({e})')
+        except (OSError, SyntaxError, ValueError) as e: bad.append(f'{f.name} ({"no picture" if isinstance(e, UnidentifiedImageError) else e})')
     return bad
 
 # %% ../nbs/01_data.ipynb #2a35333a
