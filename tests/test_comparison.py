@@ -10,9 +10,9 @@ from scipy import stats
 from vae_robust import comparison, data, training
 from vae_robust.comparison import (NAMES, agreements, best, cells, compare, costs, differences, frames, heat, mean_costs, publish, rank_correlations, sample,
                                    save_gif, scores, shipped_models, summary)
-from vae_robust.data import ImageData, pixels
+from vae_robust.data import pixels
 from vae_robust.disentanglement import mig, udr
-from vae_robust.settings import preset, read_table
+from vae_robust.settings import preset, read_table, write
 from vae_robust.training import WEIGHTS, build, hashes
 from vae_robust.vae import VAE, Posterior
 
@@ -56,7 +56,7 @@ def test_costs_by_the_bound_itself(n_c):
         z, c = q.z.sample(), None if q.c is None else q.c.sample()
         draws.append((q.z.log_prob(z) - torch.distributions.Normal(0., 1.).log_prob(z)).sum(1) + log_c(c))
     draws = torch.stack(draws).detach()
-    assert (abs(draws.mean(0) - kl) < 5*draws.std(0)/4000**.5).all() and np.allclose(total, rec + kl, atol=1e-2)
+    assert (abs(draws.mean(0).numpy() - kl) < 5*draws.std(0).numpy()/4000**.5).all() and np.allclose(total, rec + kl, atol=1e-2)
     logits = model.decoder(q.mode)
     assert np.allclose(rec, torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction='none').sum((1, 2, 3)).detach(), rtol=.02)
 
@@ -124,21 +124,28 @@ def test_rank_correlations_by_counting_pairs_of_ranks():
 # ---------------------------------------------------------------- computed once
 @pytest.fixture
 def small(monkeypatch):
-    "The comparison with trainings of two steps on 64 images and scores on 60."
-    few, whole = sample(64), comparison.preset
-    monkeypatch.setattr(comparison, 'preset', lambda name: whole(name, steps=2, batch=8))
-    monkeypatch.setattr(training, 'load', lambda name: ImageData(few.x, few.y))
+    "The comparison of two objectives on 60 images, with untrained models in the place of trained ones; a list of the trainings asked for."
+    asked = []
+    def train(p, folder, seed, every):
+        asked.append((p.objective, seed))
+        write(Path(folder)/'curves.csv', 'step,loss,rec,kl_z0,kl_z1,kl_c\n100,9,7,1,.5,.25\n')
+        return build(p, seed=seed).eval()
+    monkeypatch.setattr(comparison, 'train', train)
     monkeypatch.setattr(comparison, 'sample', lambda n=60, seed=0: sample(60))
     monkeypatch.setattr(comparison, 'NAMES', {'vae': 'VAE', 'factor': 'FactorVAE'})
+    return asked
 
 def test_compare_trains_scores_and_resumes(small, tmp_path, monkeypatch):
     t = compare(tmp_path/'runs', (0, 1), tmp_path/'figures')
     files = [tmp_path/'figures'/f'{n}.csv' for n in ('comparison', 'comparison_curves')]
+    assert small[:4] == [('elbo', 0), ('factor', 0), ('elbo', 1), ('factor', 1)]
     assert all(f.read_text().startswith('# {"commit"') for f in files) and json.loads(files[0].read_text().split('\n')[0][2:])['seeds'] == [0, 1]
-    pd.testing.assert_frame_equal(read_table(files[0]), t.reset_index(drop=True))
-    assert set(map(tuple, t[['model', 'seed']].values)) == {(n, s) for n in ('vae', 'factor') for s in (0, 1)} and 'UDR' in set(t.measure)
+    pd.testing.assert_frame_equal(read_table(files[0]), t.reset_index(drop=True), check_dtype=False)
+    assert read_table(files[1])[['reconstruction', 'KL']].values.tolist() == 4*[[7, 1.75]]
+    assert set(map(tuple, t[['model', 'seed']].values)) == {(n, s) for n in ('vae', 'factor') for s in (0, 1)} and (t.measure == 'UDR').sum() == 4
     assert not t.duplicated(['model', 'seed', 'measure']).any()
-    monkeypatch.setattr(comparison, 'compute', None)                                     # nothing is left to be computed
+    def never(cell, runs): raise AssertionError('computed twice')
+    monkeypatch.setattr(comparison, 'compute', never)
     pd.testing.assert_frame_equal(compare(tmp_path/'runs', (0, 1), tmp_path/'again'), t)
 
 def test_publish_takes_what_is_there(small, tmp_path):

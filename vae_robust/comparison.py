@@ -8,6 +8,7 @@ __all__ = ['NAMES', 'SEEDS', 'MEASURES', 'sample', 'mig_no_shape', 'costs', 'mea
            'summary', 'differences', 'heat', 'frames', 'save_gif', 'rank_correlations']
 
 # %% ../nbs/18_comparison.ipynb #40964954
+import io
 from functools import partial
 from itertools import product
 from pathlib import Path
