@@ -153,6 +153,7 @@ def test_attack_playground(opened):
     keep(page, 'playground', first_picture_ms=times[0], finished_ms=times[-1], pictures=len(times))
     assert 'the judge saw' in play.box.inner_text()
     play.set('steps', 1000)
+    play.box.locator('.widget-dropdown', has_text='objective').locator('select').select_option('output')
     done = play.box.locator('.progress-bar')
     share = lambda: float(done.evaluate('bar => parseFloat(bar.style.width)'))
     play.changes(run.click)

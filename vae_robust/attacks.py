@@ -605,8 +605,8 @@ class AttackPlayground:
 
     def busy(self, on):
         "While an attack runs, its task may not change."
-        for c in (*self.tasks, self.run): c.disabled = on
         self.stop.disabled = not on
+        for c in (*self.tasks, self.run): c.disabled = on
 
     def attack(self):
         "One model after the other; both by the same preset."

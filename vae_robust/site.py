@@ -39,7 +39,7 @@ def cleaned(nb):
     return nb
 
 # %% ../nbs/19_site.ipynb #d868884f
-FORMULA = r'(\$\$.*?\$\$|\$[^$\n]+\$|```.*?```|`[^`\n]+`|\]\([^)]*\))'
+FORMULA = r'(\$\$.*?\$\$|\$[^$\n]+\$|```.*?```|`[^`\n]+`|\[[^]]*\]\([^)]*\))'
 TAG = r'\\tag\{(.+?)\}'
 
 # %% ../nbs/19_site.ipynb #a7f3376b
@@ -78,6 +78,7 @@ def signature(f):
 # %% ../nbs/19_site.ipynb #7e235066
 def entry(name, thing):
     "An exported name as Markdown: its signature, its docstring, and those of its methods."
+    if isinstance(thing, dict): return f'### {name}\n\nA dict of ' + ', '.join(f'`{k}`' for k in thing) + '.'
     if not (inspect.isclass(thing) or inspect.isroutine(thing)): return f'### {name}\n\nA {type(thing).__name__}.'
     methods = {k: m for k, m in vars(thing).items() if inspect.isfunction(m) and m.__doc__ and k[0] != '_'} if inspect.isclass(thing) else {}
     lines = [f'### {name}', f'```python\n{name}{signature(thing)}\n```', inspect.getdoc(thing) or '']
