@@ -46,7 +46,7 @@ def test_done_cells_are_not_done_again(job, monkeypatch):
 
 def test_a_lost_cell_is_done_again_with_the_same_result(job):
     p, runs, _, table, _ = job
-    lost = next(Path(runs).rglob('attack.strong.csv'))
+    lost = next(Path(runs).rglob('attack.strong.*.csv'))
     before = lost.read_bytes()
     lost.unlink()
     pd.testing.assert_frame_equal(results(p, runs), table)

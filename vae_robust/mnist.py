@@ -53,7 +53,7 @@ def counted(job, name, seed, attack, n, runs):
     "One cell: `robustness.counts` of an attack on a model, from the folder `runs` if it is there."
     (judge, judge_preset), (model, p), a = judge_of(job, runs), trained(name, job.train, seed, runs), preset(attack, pairs=n)
     settings = {'model': json.loads(identity(p, seed)), 'attack': a.model_dump(exclude_defaults=True), 'judge': judge_preset.model_dump(exclude_defaults=True)}
-    table = cell(Path(runs)/job.train/name/f'seed{seed}'/f'{attack}.csv', settings, lambda: evaluate(model, judge, a, load(p.data, 'test'), progress=False))
+    table = cell(Path(runs)/job.train/name/f'seed{seed}'/f'{attack}.{n}.csv', settings, lambda: evaluate(model, judge, a, load(p.data, 'test'), progress=False))
     return table.assign(model=name.split('.')[1], seed=seed, attack=attack.split('.')[1])
 
 # %% ../nbs/14_mnist.ipynb #d29aa0f7

@@ -193,6 +193,7 @@ def attacked(model, judge, preset, test, seed=0, desc='attack', progress=True):
     "`Pairs`: an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`. `judge`: for an objective that needs one."
     index = pairs(test.y, preset.pairs, seed)
     x, x_t = pixels(test.x[index]).unbind(1)
+    keep_memory()
     with one_thread():                                    # the same bytes on any number of cores, and no slower on small networks
         found = attack(model, x, None if preset.goal == 'away' else x_t, preset, seed=seed, desc=desc, progress=progress, judge=judge,
                        lam=exchange_rates(model, x, x_t, preset) if preset.relative else None)
