@@ -24,7 +24,6 @@ import numpy as np, torch, torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from PIL import Image, UnidentifiedImageError
 from platformdirs import user_cache_dir
-from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 from .settings import near, write
 
@@ -547,6 +546,7 @@ def attributes(name, y):
 # %% ../nbs/01_data.ipynb #de2f9c82
 def digits(part):
     "scikit-learn's digits: 1,500 images for training, 297 for testing, uint8 (N, 1, 8, 8)."
+    from sklearn.datasets import load_digits                            # two seconds that nobody else should wait for
     d, rows = load_digits(), {'train': slice(1500), 'test': slice(1500, None)}[part]
     return ImageData(torch.tensor(d.images[rows]*255/16).round().byte()[:, None], torch.tensor(d.target[rows]))
 
