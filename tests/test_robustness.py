@@ -357,3 +357,15 @@ def test_agreement_of_judges():
         def forward(self, x): return nn.functional.one_hot(self.y[:len(x)], 3)
     t = agreement({'a': Says([0, 1, 2, 2]), 'b': Says([0, 1, 1, 2]), 'c': Says([1, 0, 0, 1])}, torch.zeros(4, 1, 1, 1))
     assert t.loc['a', 'b'] == t.loc['b', 'a'] == 75 and t.loc['a', 'c'] == 0 and (np.diag(t) == 100).all()
+
+
+def test_only_dropout_is_switched_on():
+    "A judge with batch normalisation is the same judge before and after, and the same with the switch on if it has no dropout."
+    torch.manual_seed(0)
+    x = torch.rand(50, 1, 32, 32)
+    for network, changes in (('residual', False), ('strided', True)):
+        judge = NETWORKS[network]()
+        before = {k: v.clone() for k, v in judge.state_dict().items()}
+        plain, dropped = judged(judge, x), [judged(judge, x, dropout=True) for _ in range(4)]
+        assert all(torch.equal(v, before[k]) for k, v in judge.state_dict().items()) and not any(m.training for m in judge.modules())
+        assert any(not torch.equal(d, plain) for d in dropped) == changes

@@ -114,8 +114,9 @@ def pretrained_judge(name, seed=0, source=WEIGHTS):
 
 # %% ../nbs/13_robustness.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000):
-    "The classes (B,) that the judge sees in images x; with `dropout` as the thesis's programs had it."
-    judge.train(dropout)
+    "The classes (B,) that the judge sees in images x, in eval mode; with `dropout` its dropout is on, and nothing else, as the thesis's programs had it."
+    judge.eval()
+    if dropout: [m.train() for m in judge.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
     with torch.no_grad(): classes = torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
     judge.eval()
     return classes
