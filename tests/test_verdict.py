@@ -155,7 +155,7 @@ def test_a_partial_correlation_finds_the_effect_behind_a_confounder():
     c = rng.normal(size=2000)
     x = c + rng.normal(size=2000)
     y = x - 3*c
-    assert partial_rank(x, y) < -.3 and partial_rank(x, y, c) > .9
+    assert partial_rank(x, y) < -.2 and partial_rank(x, y, c) > .9
     assert abs(partial_rank(np.exp(x), y**3, c) - partial_rank(x, y, c)) < 1e-9                     # ranks do not care for units
 
 

@@ -102,7 +102,7 @@ def report(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | No
 # %% ../nbs/20_cli.ipynb #f1130cf7
 @command
 def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.')] = None,
-              everything: Annotated[bool, typer.Option('--everything', help='All tables, studies, series and notebooks too: about a day of one core.')] = False):
+              everything: Annotated[bool, typer.Option('--everything', help='All tables, studies, series and notebooks too: some hours.')] = False):
     "The main job: fetch data, train or load judge and models, attack, and write every table and figure. Interrupt it when you like; it goes on."
     report(job, runs, folder)
     if everything: all_of_it(runs)
