@@ -77,4 +77,4 @@ def test_nothing_private_is_tracked():
 
 
 def test_settings_have_no_orphans():
-    assert all(re.fullmatch(r'(mnist|fashion|digits|dsprites|train|judge|attack|job|study)\.\w+', s) for s in read_settings())
+    assert all(re.fullmatch(r'(mnist|fashion|digits|dsprites|faces|celeba|train|judge|attack|job|study|dose)\.\w+', s) for s in read_settings())

@@ -82,4 +82,4 @@ def test_figures_and_tables_carry_their_provenance(tmp_path):
 def test_a_study_takes_any_key_of_an_attack_and_no_other(tmp_path):
     s = preset('study.lambda')
     assert s.axes['lam'] == ('0', '0.1', '0.25', '0.5', '1', '2', '4') and set(s.axes) == {'lam', 'features'}
-    with pytest.raises(SettingsError, match="lamb: no key of an attack; did you mean 'lam'"): preset('study.lambda', lamb='1, 2')
+    with pytest.raises(SettingsError, match="lamb: no such key; did you mean 'lam'"): preset('study.lambda', lamb='1, 2')

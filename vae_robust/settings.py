@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Count', 'AtLeastOne', 'Words', 'Counts', 'KINDS', 'smoke', 'ModelPreset', 'JudgePreset',
-           'AttackPreset', 'words', 'JobPreset', 'StudyPreset', 'DosePreset', 'SettingsError', 'settings_file',
-           'read_settings', 'near', 'section', 'complaint', 'preset', 'root', 'commit', 'provenance', 'write',
-           'save_figure', 'save_table', 'read_table']
+           'AttackPreset', 'words', 'JobPreset', 'axes_of', 'keys_of', 'StudyPreset', 'DosePreset', 'SettingsError',
+           'settings_file', 'read_settings', 'near', 'section', 'complaint', 'preset', 'root', 'commit', 'provenance',
+           'write', 'save_figure', 'save_table', 'read_table']
 
 # %% ../nbs/00_settings.ipynb #0870e9a9
 import configparser, difflib, json, os, subprocess
@@ -115,6 +115,18 @@ class JobPreset(BaseModel, extra='forbid', frozen=True):
         if len(self.pairs) == len(self.attacks): return self
         raise ValueError(f'{len(self.attacks)} attacks need as many numbers of pairs, not {len(self.pairs)}')
 
+# %% ../nbs/00_settings.ipynb #16a2f114
+def axes_of(study):
+    "The keys of a study that are not its own, each with its values: {key: (text, ...)}."
+    return {k: words(v) for k, v in study.model_extra.items()}
+
+def keys_of(kind):
+    "A validator: the further keys must be keys of a `kind` of preset."
+    def check(study):
+        for k in study.model_extra.keys() - kind.model_fields: raise ValueError(f'{k}: no such key; {near(k, kind.model_fields)}')
+        return study
+    return model_validator(mode='after')(check)
+
 # %% ../nbs/00_settings.ipynb #c5202854
 class StudyPreset(BaseModel, extra='allow', frozen=True):
     """Models (sections) x seeds x attacks (sections) x every combination of the values of further keys, which belong to an attack preset.
@@ -125,14 +137,8 @@ class StudyPreset(BaseModel, extra='allow', frozen=True):
     attacks: Words
     judges: Words
     pairs: AtLeastOne
-
-    @property
-    def axes(self): return {k: words(v) for k, v in self.model_extra.items()}
-
-    @model_validator(mode='after')
-    def keys_of_an_attack(self):
-        for k in self.model_extra.keys() - AttackPreset.model_fields: raise ValueError(f'{k}: no key of an attack; {near(k, AttackPreset.model_fields)}')
-        return self
+    axes = property(axes_of)
+    check = keys_of(AttackPreset)
 
 # %% ../nbs/00_settings.ipynb #95fe6ec8
 class DosePreset(BaseModel, extra='allow', frozen=True):
@@ -144,14 +150,8 @@ class DosePreset(BaseModel, extra='allow', frozen=True):
     attacks: Words
     judge: str
     pairs: AtLeastOne
-
-    @property
-    def axes(self): return {k: words(v) for k, v in self.model_extra.items()}
-
-    @model_validator(mode='after')
-    def keys_of_a_model(self):
-        for k in self.model_extra.keys() - ModelPreset.model_fields: raise ValueError(f'{k}: no key of a model; {near(k, ModelPreset.model_fields)}')
-        return self
+    axes = property(axes_of)
+    check = keys_of(ModelPreset)
 
 # %% ../nbs/00_settings.ipynb #7dd2fa4e
 class SettingsError(ValueError):
