@@ -134,7 +134,7 @@ def test_latent_explorer(opened):
     explorer.button('reset').click()
     explorer.until(lambda: explorer.bytes() == rest, 'reset does not lead back')
     explorer.changes(lambda: explorer.button('4').click())
-    assert 'c = 0 to 9' in explorer.box.inner_text()
+    explorer.until(lambda: 'c = 0 to 9' in explorer.box.inner_text(), 'the strip is not said to show the categories')
     explorer.changes(lambda: explorer.button('entangled').click())
     explorer.until(lambda: top.locator('.widget-label').inner_text() != label, 'the sliders are not renamed')
     explorer.button('save PNG').click()
@@ -151,7 +151,7 @@ def test_attack_playground(opened):
     play.until(lambda: page.evaluate('window.times.length') > 0 and run.is_enabled(), 'the attack does not end')
     times = page.evaluate('window.times')
     keep(page, 'playground', first_picture_ms=times[0], finished_ms=times[-1], pictures=len(times))
-    assert 'the judge saw' in play.box.inner_text()
+    play.until(lambda: 'the judge saw' in play.box.inner_text(), 'the judge is not heard')
     play.set('steps', 1000)
     play.box.locator('.widget-dropdown', has_text='objective').locator('select').select_option('output')
     done = play.box.locator('.progress-bar')
@@ -160,7 +160,8 @@ def test_attack_playground(opened):
     play.until(lambda: 0 < share() < 100 and stop.is_enabled(), 'no progress is shown')
     stop.click()
     play.until(run.is_enabled, 'the attack is not stopped')
-    assert stop.is_disabled() and share() < 100
+    play.until(stop.is_disabled, 'there is nothing to stop, and the button says there is')
+    assert share() < 100
 
 
 @pytest.fixture(scope='module')
