@@ -451,6 +451,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vae_robust.settings.read_settings': ('settings.html#read_settings', 'vae_robust/settings.py'),
                                      'vae_robust.settings.read_table': ('settings.html#read_table', 'vae_robust/settings.py'),
                                      'vae_robust.settings.root': ('settings.html#root', 'vae_robust/settings.py'),
+                                     'vae_robust.settings.save_csv': ('settings.html#save_csv', 'vae_robust/settings.py'),
                                      'vae_robust.settings.save_figure': ('settings.html#save_figure', 'vae_robust/settings.py'),
                                      'vae_robust.settings.save_table': ('settings.html#save_table', 'vae_robust/settings.py'),
                                      'vae_robust.settings.section': ('settings.html#section', 'vae_robust/settings.py'),

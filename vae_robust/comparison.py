@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import stats
 from .data import FACTORS, SCALES, ImageData, least_scale, pixels
 from .disentanglement import METRICS, class_accuracy, dci, encode, entropies, evaluate, mig, mutual_information, sap, udr
-from .settings import preset, provenance, read_table, root, smoke, write
+from .settings import preset, provenance, read_table, root, save_csv, smoke, write
 from .sweep import collected, sweep
 from .training import hashes, pretrained, ship, train
 from .total_correlation import measured_terms
@@ -93,14 +93,14 @@ def agreements(name, seeds, runs):
 # %% ../nbs/18_comparison.ipynb #1ee51b99
 def publish(runs, folder=None, seeds=SEEDS):
     "Write the scores of all cells done in the folder `runs`, and their learning curves, to figures/comparison.csv and comparison_curves.csv; the scores."
-    done, folder = collected(cells(seeds), Path(runs)/'comparison'), Path(folder or root()/'figures')
+    done = collected(cells(seeds), Path(runs)/'comparison')
     done['model'] = done.model.str.split('.').str[1]
     pairs = done[['model', 'seed']].drop_duplicates()
     several = {n: g.seed.tolist() for n, g in pairs.groupby('model') if len(g) > 1}
     table = pd.concat([done] + [agreements(n, s, runs) for n, s in several.items()])[['model', 'seed', 'measure', 'value', 'error']]
     curves = pd.concat([curve(n, s, runs) for n, s in pairs.values])
-    facts = provenance(presets=[f'dsprites.{n}' for n in NAMES], seeds=sorted(set(pairs.seed)), n=5_000, halves=5, data='re-drawn dSprites')
-    for name, t in {'comparison': table, 'comparison_curves': curves}.items(): write(folder/f'{name}.csv', f'# {facts}\n{t.to_csv(index=False)}')
+    facts = dict(presets=[f'dsprites.{n}' for n in NAMES], seeds=sorted(set(pairs.seed)), n=5_000, halves=5, data='re-drawn dSprites')
+    for name, t in {'comparison': table, 'comparison_curves': curves}.items(): save_csv(t, name, folder, **facts)
     return table
 
 # %% ../nbs/18_comparison.ipynb #cd4d5e49

@@ -18,7 +18,7 @@ from .attacks import attack
 from .data import load, pixels
 from .joint_vae import unsupervised_accuracy
 from .robustness import cell, evaluate, judged, mean_rate, pairs, pretrained_judge, rates, reconstruct, train_judge
-from .settings import preset, provenance, read_table, root, save_figure, save_table, write
+from .settings import preset, read_table, root, save_csv, save_figure, save_table
 from .training import identity, is_shipped, one_thread, pretrained, train
 from .traversals import show_grid, traversals
 from .vae import kl, log_marginal
@@ -157,9 +157,7 @@ def matrices(table, attack, k='missed'):
 # %% ../nbs/14_mnist.ipynb #ddbbc07d
 def tables(job, runs, folder=None):
     "Write the `results` of a `JobPreset` to tables.csv in `folder` (figures/) and return them."
-    table, facts = results(job, runs), job.model_dump()
-    write(Path(folder or root()/'figures')/'tables.csv', f'# {provenance(**facts)}\n{table.to_csv(index=False)}')
-    return table
+    return save_csv(results(job, runs), 'tables', folder, **job.model_dump())
 
 # %% ../nbs/14_mnist.ipynb #6afb2f24
 def beside(table, attack='thesis', k='missed'):

@@ -6,7 +6,7 @@
 __all__ = ['Positive', 'NonNegative', 'Count', 'AtLeastOne', 'Words', 'Counts', 'KINDS', 'smoke', 'ModelPreset', 'JudgePreset',
            'AttackPreset', 'words', 'JobPreset', 'axes_of', 'keys_of', 'StudyPreset', 'DosePreset', 'SettingsError',
            'settings_file', 'read_settings', 'near', 'section', 'complaint', 'preset', 'root', 'commit', 'provenance',
-           'write', 'save_figure', 'save_table', 'read_table']
+           'write', 'save_figure', 'save_csv', 'save_table', 'read_table']
 
 # %% ../nbs/00_settings.ipynb #0870e9a9
 import configparser, difflib, json, os, subprocess
@@ -247,15 +247,20 @@ def save_figure(fig, name, folder=None, **facts):
     fig.savefig(tmp, dpi=110, bbox_inches='tight', format='png', metadata={'Description': provenance(**facts), 'Software': None})
     os.replace(tmp, path)
 
+# %% ../nbs/00_settings.ipynb #81c36fba
+def save_csv(table, name, folder=None, **facts):
+    "Write a data frame to `name`.csv in `folder` (figures/), its provenance in the first line after `# `; the data frame."
+    write(Path(folder or root()/'figures')/f'{name}.csv', f'# {provenance(**facts)}\n{table.to_csv(index=False)}')
+    return table
+
 # %% ../nbs/00_settings.ipynb #792620c4
 def save_table(table, name, folder=None, floatfmt='.2f', **facts):
     "Write a data frame to figures/`name`.csv and .md with its provenance; in smoke mode only into a given `folder`."
     if smoke() and folder is None: return
-    path, note = Path(folder or root()/'figures')/name, provenance(**facts)
-    write(f'{path}.csv', f'# {note}\n' + table.to_csv(index=False))
-    write(f'{path}.md', table.to_markdown(index=False, floatfmt=floatfmt) + f'\n\n<sub>{note}</sub>\n')
+    save_csv(table, name, folder, **facts)
+    write(Path(folder or root()/'figures')/f'{name}.md', table.to_markdown(index=False, floatfmt=floatfmt) + f'\n\n<sub>{provenance(**facts)}</sub>\n')
 
 # %% ../nbs/00_settings.ipynb #eaf70b83
 def read_table(path):
-    "A table that `save_table` wrote, as a data frame."
+    "A table that `save_csv` or `save_table` wrote, as a data frame."
     return pd.read_csv(path, comment='#')

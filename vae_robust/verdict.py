@@ -20,7 +20,7 @@ from .data import load, pixels
 from .disentanglement import encode, gaussian_tc, udr
 from .mnist import on_all_cores, over_seeds, portrait
 from .robustness import auddcs, bootstrap, interval, jacobians, margins, pairs, pretrained_judge, stays_within, tally, together, trial, welch, worst
-from .settings import AttackPreset, ModelPreset, preset, provenance, read_settings, read_table, root, save_figure, write
+from .settings import AttackPreset, ModelPreset, preset, read_settings, read_table, root, save_csv, save_figure
 from .training import hashes, pretrained, train
 
 # %% ../nbs/16_verdict.ipynb #10386278
@@ -102,8 +102,7 @@ def publish(name, rows_of, folder=None):
     study, path = preset(f'study.{name}'), Path(folder or root()/'figures')/f'study_{name}.csv'
     new, now = tidy(study, rows_of), circumstances(study)
     table = pd.concat([inherited(path, now, set(zip(new.model, new.seed, new.attack)) if len(new) else set()), new], ignore_index=True)
-    write(path, f'# {provenance(**now)}\n{table.to_csv(index=False)}')
-    return table
+    return save_csv(table, f'study_{name}', folder, **now)
 
 # %% ../nbs/16_verdict.ipynb #d892a973
 def results(name, folder=None):
@@ -226,9 +225,7 @@ def dosed(names, row_of, runs):
 def publish_doses(row_of, runs, folder=None):
     "Write the table `dosed` of all doses in settings.ini that have answers to figures/dose.csv (or to `folder`), with its provenance; the table."
     names = [s.split('.')[1] for s in read_settings() if s.startswith('dose.') and s != 'dose.plain']
-    table = dosed(names, row_of, runs).round(4)
-    write(Path(folder or root()/'figures')/'dose.csv', f'# {provenance(**{n: preset(f"dose.{n}").model_dump() for n in names})}\n{table.to_csv(index=False)}')
-    return table
+    return save_csv(dosed(names, row_of, runs).round(4), 'dose', folder, **{n: preset(f'dose.{n}').model_dump() for n in names})
 
 # %% ../nbs/16_verdict.ipynb #91739c05
 def partial_rank(a, b, *given):
@@ -258,5 +255,4 @@ def publish_quantities(folder=None, jobs=-1):
     "Write the rows `measured` of the models of [study.primary] to figures/quantities.csv (or to `folder`), with their provenance; the table."
     study = preset('study.primary')
     table = pd.DataFrame(on_all_cores(measured, [(m, s) for m, s in product(study.models, study.seeds) if short_hash(m, s)], 'quantities', jobs)).round(4)
-    write(Path(folder or root()/'figures')/'quantities.csv', f'# {provenance(models=study.models, seeds=study.seeds, attack="attack.output")}\n{table.to_csv(index=False)}')
-    return table
+    return save_csv(table, 'quantities', folder, models=study.models, seeds=study.seeds, attack='attack.output')
