@@ -364,6 +364,16 @@ def test_differences_are_welchs():
     assert d.difference == pytest.approx(-11) and (d.low, d.high) == (pytest.approx(low), pytest.approx(high))
 
 
+def test_models_with_a_silent_code_are_left_out(monkeypatch):
+    silent, loud = VAE(2, channels=3, size=64), VAE(2, channels=3, size=64)
+    for w in [*silent.parameters(), *loud.parameters()]: w.data.zero_()
+    loud.encoder[-1].bias.data.fill_(1)
+    monkeypatch.setattr(ch15, 'images', lambda name, part: cartoons('test', {'test': 8}))
+    monkeypatch.setattr(ch15, 'face_models', lambda job, runs: dict(zip([('faces.entangled', 0), ('faces.entangled', 1)], runs)))
+    assert [*ch15.living(preset('job.faces'), (silent, loud))] == [('faces.entangled', 1)]
+    with pytest.raises(ValueError, match='silent'): ch15.living(preset('job.faces'), (silent, silent))
+
+
 def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path, monkeypatch):
     "Models, judge, attacks, tables and pictures of the job for CelebA, made small."
     small_job = preset('job.celeba', train='train.smoke', judge='judge.celeba', attacks='attack.none, attack.strong, attack.judge', pairs='3, 3, 3', seeds='0')
