@@ -1,4 +1,4 @@
-import json, os
+import json, os, subprocess, sys
 from hashlib import md5
 from functools import partial
 from pathlib import Path
@@ -362,6 +362,17 @@ def test_differences_are_welchs():
     d = ch15.differences(t, 'lost').loc['strong']
     low, high = ttest_ind(u, v, equal_var=False).confidence_interval()
     assert d.difference == pytest.approx(-11) and (d.low, d.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_the_notebook_can_send_its_trainings_to_other_processes(tmp_path):
+    cells = [c['source'] for c in json.loads((Path(__file__).parents[1]/'nbs'/'15_celeba.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    cells = [''.join(c) for c in cells]
+    last = [i for i, c in enumerate(cells) if 'def face_model(' in c][0]
+    begin = '\n'.join(c for c in cells[:last + 1] if c.startswith('#| export'))
+    packed = tmp_path/'packed'
+    send = f"{begin}\nfrom joblib.externals.loky.backend.reduction import dumps\nPath({str(packed)!r}).write_bytes(dumps(face_model))"
+    receive = f"import pickle, pathlib; assert pickle.loads(pathlib.Path({str(packed)!r}).read_bytes()).__name__ == 'face_model'"
+    for program in (send, receive): subprocess.run([sys.executable, '-c', program], check=True, env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])})
 
 
 def test_models_with_a_silent_code_are_left_out(monkeypatch):
