@@ -398,6 +398,7 @@ def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path
     monkeypatch.setattr(ch15, 'preset', shorter)
     ch15.images.cache_clear()
     seeds = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')
+    pd.testing.assert_frame_equal(ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out'), seeds, check_exact=True)     # taken up: the same numbers
     ch15.images.cache_clear()
     assert sorted(f.name for f in (tmp_path/'out').iterdir()) == ['celeba.csv', 'celeba.md', 'celeba_adversarial_disentangled.png', 'celeba_adversarial_entangled.png', 'celeba_differences.csv', 'celeba_differences.md']
     none = seeds[seeds.attack == 'none']

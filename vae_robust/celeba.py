@@ -160,7 +160,7 @@ def trial(model, judge, a, data, test, seed=0):
     xs = attacked_faces(model, judge, a, x, x_t, seed)
     cells = flips(s, t, sees(judge, reconstruct(model, x)), sees(judge, reconstruct(model, xs))) | {k: v[:, None].expand_as(s) for k, v in ratios(model, x, x_t, xs).items()}
     labels = {'pair': np.repeat(np.arange(len(s)), s.shape[1]), 'attribute': kinds*len(s)}
-    return pd.DataFrame(labels | {k: v.flatten().numpy()*1 for k, v in cells.items()}).round(4)
+    return pd.DataFrame(labels | {k: np.array(v.flatten().tolist())*1 for k, v in cells.items()}).round(4)
 
 # %% ../nbs/15_celeba.ipynb #eec3104a
 def results(job, runs):
