@@ -12,7 +12,7 @@ from torch.optim import Adam
 from bench import in_a_process, machine
 from vae_robust.attacks import attack, features, norm, project, verify
 from vae_robust.data import load, pixels
-from vae_robust.robustness import pairs
+from vae_robust.robustness import PORTION, attacked, pairs
 from vae_robust.settings import preset, save_table
 from vae_robust.training import keep_memory, pretrained
 
@@ -105,15 +105,23 @@ PROGRAMS = {
 STEPS = {name: STRONG.steps for name in PROGRAMS} | {name: THESIS.steps for name in LONG} | {'attack.fast': FAST.steps}
 
 
-def prepare(n, part=0, parts=1):
-    """The encoder, and sources and targets: of the first `n` pairs in random order every `parts`-th, from `part` on. Weights are frozen
-    and memory is kept for everybody."""
+def prepare():
+    "The encoder and the test images. Weights are frozen and memory is kept for everybody."
     torch.set_num_threads(1)
     keep_memory()
-    test = load('mnist', 'test')
-    index = pairs(test.y, len(test.y))
-    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))][:n][part::parts]
-    return pretrained('mnist/entangled').requires_grad_(False), *(pixels(test.x[i]) for i in index.T)
+    return pretrained('mnist/entangled').requires_grad_(False), load('mnist', 'test')
+
+
+def chosen(n):
+    "The first `n` of all pairs in random order, (n, 2)."
+    index = pairs(load('mnist', 'test').y, ALL)
+    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))][:n]
+
+
+def sample(n):
+    "The encoder, and sources and targets of `chosen(n)`."
+    model, test = prepare()
+    return model, *(pixels(test.x[i]) for i in chosen(n).T)
 
 
 def distance(model, xs, x_t):
@@ -124,7 +132,7 @@ def distance(model, xs, x_t):
 
 def measure(name, batch, n, steps):
     "Examples * steps per second of a program, after a warm-up, and the latent distance it reaches on the first `FEW` pairs."
-    (model, x, x_t), program = prepare(n), PROGRAMS[name]
+    (model, x, x_t), program = sample(n), PROGRAMS[name]
     program(model, x[:batch], x_t[:batch], 2, batch)
     began = time.perf_counter()
     xs = program(model, x, x_t, steps, batch)
@@ -135,16 +143,16 @@ def measure(name, batch, n, steps):
 
 def converge(n, steps):
     "The latent distance that `attack.strong` reaches in so many steps."
-    model, x, x_t = prepare(n)
+    model, x, x_t = sample(n)
     return [distance(model, ours('attack.strong', model, x, x_t, steps, 256), x_t)]
 
 
 def many(n, part, parts):
-    "`attack.fast` on `prepare(n, part, parts)`: the number of pairs, seconds, and the peak of this process's memory in MB."
-    model, x, x_t = prepare(n, part, parts)
+    "`attack.fast` on the pairs `chosen(n)[part::parts]`: their number, seconds, and the peak of this process's memory in MB."
+    (model, test), index = prepare(), chosen(n)[part::parts]
     began = time.perf_counter()
-    ours('attack.fast', model, x, x_t, FAST.steps, 256)
-    return len(x), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
+    for portion in index.split(PORTION): attacked(model, None, FAST, test, progress=False, index=portion)
+    return len(index), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
 
 child = partial(in_a_process, script=__file__)
@@ -168,7 +176,7 @@ def compare():
 def limits(full):
     "What `attack.strong` reaches in how many steps, and what many pairs cost `attack.fast`."
     rows = {f'attack.strong, mean latent distance after {s} steps': child('converge', PAIRS, s)[0] for s in (5, 10, 20, 40, 80)}
-    (_, _, low), (n, seconds, high), everything = child('many', 1000, 0, 1), child('many', 20_000, 0, 1), len(prepare(ALL)[1])
+    (_, _, low), (n, seconds, high), everything = child('many', 1000, 0, 1), child('many', 20_000, 0, 1), len(chosen(ALL))
     rows |= {'attack.fast, peak memory in MB, 1,000 pairs': low, 'the same, 20,000 pairs': high,
              f'attack.fast, minutes for {everything:,} pairs on two cores, extrapolated': everything/n*seconds/2/60}
     if full:

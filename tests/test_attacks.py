@@ -8,9 +8,9 @@ from scipy.optimize import brentq, linprog, minimize
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical, kl_divergence
 
-from vae_robust.attacks import (OBJECTIVES, AttackError, Softened, Watched, adam, apgd, attack, best_of, bisect, checkpoints, codes, cross_entropy, divergence,
+from vae_robust.attacks import (OBJECTIVES, AttackError, Folded, Softened, Unfolded, Watched, adam, apgd, attack, best_of, bisect, checkpoints, codes, cross_entropy, divergence,
                                 expected, latent, lbfgs, log_probs, logits, margin, means, negative_bound, norm, objective_of, penalised, pgd,
-                                project, project_l2, reconstruction, smallest_norm, smallest_radius, squared, value_and_gradient, verify,
+                                project, project_l2, quick, reconstruction, rmsprop, smallest_norm, smallest_radius, squared, value_and_gradient, verify,
                                 wasserstein)
 from vae_robust.settings import SettingsError, preset, read_settings
 from vae_robust.vae import VAE, Posterior, parts
@@ -51,7 +51,7 @@ def linear(seed=0, latents=1):
     return w, lambda x: x.flatten(1) @ w
 
 
-@pytest.mark.parametrize('optimiser, kw', [(pgd, {}), (adam, {}), (adam, {'accumulate': True})])
+@pytest.mark.parametrize('optimiser, kw', [(pgd, {}), (rmsprop, {}), (adam, {}), (adam, {'accumulate': True})])
 def test_the_optimum_on_a_linear_encoder_with_a_far_target(optimiser, kw):
     w, phi = linear()
     x = torch.full((2, 1, 8, 8), .5)
@@ -61,7 +61,7 @@ def test_the_optimum_on_a_linear_encoder_with_a_far_target(optimiser, kw):
     torch.testing.assert_close(loss(optimiser(loss, x, x, .1, 200, .5, **kw)), optimum, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('optimiser', [pgd, adam])
+@pytest.mark.parametrize('optimiser', [pgd, rmsprop, adam])
 def test_a_target_within_reach_is_reached(optimiser):
     _, phi = linear(latents=3)
     x = torch.full((4, 1, 8, 8), .5)
@@ -387,7 +387,7 @@ def test_the_l2_optimum_on_a_linear_encoder(optimiser, latents):
     np.testing.assert_allclose(reached, [np.linalg.norm(W @ delta(nu) - r)], rtol=1e-3)
 
 
-@pytest.mark.parametrize('optimiser, kw', [(apgd, {}), (lbfgs, {}), (adam, {'best': True})])
+@pytest.mark.parametrize('optimiser, kw', [(apgd, {}), (rmsprop, {}), (lbfgs, {}), (adam, {'best': True})])
 def test_the_linf_optimum_on_a_linear_encoder(optimiser, kw):
     w, phi = linear(latents=4)
     x = torch.full((1, 1, 8, 8), .5)
@@ -395,7 +395,7 @@ def test_the_linf_optimum_on_a_linear_encoder(optimiser, kw):
     W, r = w.T.double().numpy(), (phi(x_t) - phi(x))[0].double().numpy()
     want = minimize(lambda d: ((W @ d - r)**2).sum(), np.zeros(64), jac=lambda d: 2*W.T @ (W @ d - r), bounds=[(-.05, .05)]*64, tol=1e-14).fun**.5
     loss = latent(phi, x_t)
-    np.testing.assert_allclose(loss(optimiser(loss, x, x, .05, 400, .1 if optimiser is adam else 2., **kw)), [want], rtol=5e-3)
+    np.testing.assert_allclose(loss(optimiser(loss, x, x, .05, 400, .1 if optimiser is adam else .3 if optimiser is rmsprop else 2., **kw)), [want], rtol=5e-3)
 
 
 def test_one_step_of_pgd_is_the_fast_gradient_sign_method(model, digits):
@@ -448,6 +448,40 @@ def test_apgd_is_the_paper_s_algorithm_for_each_image_on_its_own():
         for i in range(24): np.testing.assert_allclose(torch.stack(f.trace)[:, i], apgd_of_one(loss, x[i:i + 1], .3, steps), atol=1e-6)
 
 
+@pytest.mark.parametrize('channels, side, kernel, stride, padding', [(1, 8, 4, 2, 1), (3, 9, 6, 3, 0), (2, 6, 2, 2, 1), (1, 5, 3, 1, 1)])
+def test_folded_convolutions_are_the_same_functions(channels, side, kernel, stride, padding):
+    conv = torch.nn.Conv2d(channels, 5, kernel, stride, padding).double()
+    back = torch.nn.ConvTranspose2d(5, channels, kernel, stride, padding).double()
+    x = torch.randn(3, channels, side, side, dtype=torch.double)
+    torch.testing.assert_close(Folded(conv)(x), conv(x))
+    torch.testing.assert_close(Unfolded(back)(conv(x)), back(conv(x)))
+
+
+@pytest.mark.parametrize('keys', [{}, {'channels': 3, 'size': 64}, {'network': 'large'}, {'channels': 3, 'n_c': 0, 'likelihood': 'gaussian'}])
+def test_quick_computes_the_same_and_leaves_the_model_as_it_was(keys):
+    torch.manual_seed(0)
+    m = VAE(3, **{'n_c': 4} | keys).eval().double()
+    before, x = {k: v.clone() for k, v in m.state_dict().items()}, torch.rand(2, keys.get('channels', 1), *2*[keys.get('size', 32)], dtype=torch.double)
+    code = torch.randn(2, m.n_z + m.n_c, dtype=torch.double)
+    torch.testing.assert_close(quick(m).encoder(x), m.encoder(x))
+    torch.testing.assert_close(quick(m).decoder(code), m.decoder(code))
+    assert quick(m) is not m and type(m.encoder[0]) is torch.nn.Conv2d and all(p.requires_grad for p in m.parameters())
+    assert m.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+    assert quick(means) is means and quick(m.encoder) is m.encoder                                      # not a VAE: as it is
+
+
+def test_a_memory_helps_where_features_differ_in_slope():
+    "The first step is the sign; later steps of a pixel that is pushed to and fro shrink, of one that is pushed one way grow."
+    moves = []
+    loss = lambda xs: moves.append(xs) or (xs*torch.tensor([1., (-1.)**len(moves)]).view(1, 1, 1, 2)).flatten(1).sum(1)
+    x = torch.full((1, 1, 1, 2), .5)
+    rmsprop(loss, x, x, .5, 4, .01, beta=.8, gamma=.5)
+    steady, fickle = (torch.stack(moves).flatten(1).diff(dim=0).abs()/.005).T                           # in units of the step, without the cosine
+    cosine = (1 + torch.cos(torch.pi*torch.arange(4)/4))/2
+    torch.testing.assert_close(steady/cosine, torch.tensor([1., 1.8, 2.44, 2.952]), rtol=1e-3, atol=0)  # 1, 1 + b, 1 + b + b^2, ...
+    torch.testing.assert_close(fickle/cosine, torch.tensor([1., .2, .84, .328]), rtol=1e-3, atol=0)     # 1, 1 - b, 1 - b + b^2, ...
+
+
 def test_apgd_is_not_worse_than_pgd(model, digits):
     loss = latent(logits(model), digits[8:])
     ours, pgds = (loss(f(loss, digits[:8], digits[:8], .02, 50, s)) for f, s in ((apgd, 2.), (pgd, .5)))
@@ -472,7 +506,7 @@ def test_a_nan_poisons_nobody():
     x = torch.full((3, 1, 2, 2), .5)
     good = lambda xs: xs.flatten(1).sum(1)
     bad = lambda xs: torch.cat([good(xs[:1]), (xs[1:2].flatten(1).mean(1) - .45).sqrt() + good(xs[1:2]), good(xs[2:])])
-    for optimiser in (pgd, apgd, adam):
+    for optimiser in (pgd, apgd, rmsprop, adam):
         f = Watched(bad)
         found, clean = optimiser(f, x, x, .1, 20, .5), optimiser(good, x, x, .1, 20, .5)
         assert found.isfinite().all() and torch.equal(found[[0, 2]], clean[[0, 2]])
@@ -482,7 +516,7 @@ def test_a_nan_poisons_nobody():
 
 def test_a_start_without_a_value_is_returned_as_it_is():
     x = torch.full((2, 1, 2, 2), .5)
-    for optimiser in (pgd, apgd, adam, lbfgs):
+    for optimiser in (pgd, apgd, rmsprop, adam, lbfgs):
         f = Watched(lambda xs: (xs.flatten(1).sum(1) - 9).log())
         assert torch.equal(optimiser(f, x, x, .1, 5, .5), x) and f.nans.min() >= 1
 

@@ -158,6 +158,15 @@ def test_a_trial_has_a_row_for_each_pair_and_its_counts_are_evaluate_s(model):
         pd.testing.assert_frame_equal(mine, evaluate(model, judge, a, test, progress=False))
 
 
+def test_a_trial_in_portions_is_the_same_trial(model, monkeypatch):
+    test, judges, a = load('digits', 'test'), {'j': lenet().eval()}, preset('attack.strong', pairs=2, steps=3, relative=True, lam=.3)
+    whole, sizes, attack = trial(model, judges, a, test, progress=False), [], robustness.attack
+    monkeypatch.setattr(robustness, 'PORTION', 70)
+    monkeypatch.setattr(robustness, 'attack', lambda m, x, *args, **kw: sizes.append(len(x)) or attack(m, x, *args, **kw))
+    pd.testing.assert_frame_equal(trial(model, judges, a, test, progress=False), whole, rtol=1e-4)
+    assert sizes == [70, 70, 40]
+
+
 def test_relative_weights_do_not_depend_on_the_units_of_the_code(model):
     test = load('digits', 'test')
     x, x_t = (test.x[i:i + 6]/255 for i in (0, 6))

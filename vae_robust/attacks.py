@@ -8,12 +8,14 @@ __all__ = ['FEATURES', 'OBJECTIVES', 'BALLS', 'HALVINGS', 'OPTIMISERS', 'FONT', 
            'norm', 'euclidean', 'squared', 'divergence', 'reverse', 'symmetric', 'wasserstein', 'cross_entropy',
            'margin', 'negative_bound', 'toward', 'latent', 'opposite', 'penalised', 'objective_of', 'project',
            'project_l2', 'Ball', 'bcast', 'value_and_gradient', 'value_of', 'Watched', 'watched', 'adam', 'pgd',
-           'checkpoints', 'apgd', 'lbfgs', 'side', 'square', 'check_batch', 'check_pairs', 'check_models', 'check_task',
-           'verify', 'best_of', 'starts', 'Attacked', 'attack_batch', 'joined', 'attack', 'Smallest', 'bisect',
-           'smallest_radius', 'smallest_norm', 'coloured', 'captioned', 'bars', 'curve', 'AttackPlayground']
+           'checkpoints', 'apgd', 'rmsprop', 'lbfgs', 'side', 'square', 'Folded', 'Unfolded', 'quick', 'check_batch',
+           'check_pairs', 'check_models', 'check_task', 'verify', 'best_of', 'starts', 'Attacked', 'attack_batch',
+           'joined', 'attack', 'Smallest', 'bisect', 'smallest_radius', 'smallest_norm', 'coloured', 'captioned',
+           'bars', 'curve', 'AttackPlayground']
 
 # %% ../nbs/12_attacks.ipynb #b4e0e234
 import math
+from copy import deepcopy
 from itertools import repeat
 from threading import Thread
 from time import monotonic
@@ -21,7 +23,7 @@ from typing import Callable, NamedTuple
 import ipywidgets as widgets, torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import minimize
-from torch import Tensor
+from torch import nn, Tensor
 from torch.distributions import Distribution, OneHotCategorical, kl_divergence
 from torch.nn import functional as F
 from torch.optim import Adam
@@ -29,7 +31,7 @@ from tqdm.auto import tqdm
 from .data import pixels
 from .settings import preset as read_preset
 from .traversals import png, stacked, strip
-from .vae import Posterior, kl
+from .vae import VAE, Posterior, kl
 
 # %% ../nbs/12_attacks.ipynb #e708393f
 def means(model):
@@ -44,7 +46,7 @@ def logits(model):
 # %% ../nbs/12_attacks.ipynb #7cc5f06e
 def log_probs(model):
     "phi(x) = (mu, log q(c|x)): (B, D + K)."
-    return lambda x: torch.cat([model.encode(x)[0], model.encode(x)[2].log_softmax(-1)], -1)
+    return lambda x: (lambda mu, _, l: torch.cat([mu, l.log_softmax(-1)], -1))(*model.encode(x))
 
 # %% ../nbs/12_attacks.ipynb #ef65f750
 def codes(model):
@@ -260,7 +262,7 @@ class Watched:
         self.lowest = torch.where(better, value, self.lowest)
         self.nans, self.zeros = self.nans + failed.int(), self.zeros + slope*(steepest == 0).int()
         self.trace.append(value), self.tick(len(xs))
-        return torch.where(bcast(failed, xs), self.best, xs), value, g
+        return torch.where(bcast(failed, xs), self.best, xs) if failed.any() else xs, value, g
     done = property(lambda self: self.stop is not None and bool((self.lowest <= self.stop).all()))
 
 # %% ../nbs/12_attacks.ipynb #4d7adb8c
@@ -324,6 +326,21 @@ def apgd(loss, start, x, eps, steps, step=2., ball='linf'):
         xs, old = project(xs + (.75 if i else 1)*(z - xs) + .25*(xs - old), x, eps), xs
     return f.best
 
+# %% ../nbs/12_attacks.ipynb #d1e968fc
+def rmsprop(loss, start, x, eps, steps, step, beta=.85, gamma=.95, ball='linf'):
+    """`steps` of descent from `start` along (12.14), with a step of `step`*`eps` that decays to 0 along half a cosine;
+    of all iterates the best for each image. `loss`: images (B, ...) to (B,)."""
+    f, project = watched(loss), BALLS[ball].project
+    xs, v, s = project(start, x, eps), torch.zeros_like(x), torch.zeros_like(x)
+    for i in range(steps + 1):
+        xs, _, g = f(xs)
+        if f.done: break
+        g = g/bcast(g.abs().flatten(1).mean(1) + 1e-12, x)
+        v, s = beta*v + g, gamma*s + (1 - gamma)*g*g
+        d = v/((s/(1 - gamma**(i + 1))).sqrt() + 1e-12)
+        xs = project(xs - step*eps*(1 + math.cos(math.pi*i/max(steps, 1)))/2*d, x, eps)
+    return f.best
+
 # %% ../nbs/12_attacks.ipynb #af258f5c
 def lbfgs(loss, start, x, eps, steps, step=None, ball='linf'):
     "About `steps` evaluations of scipy's L-BFGS-B on the sum of `loss`, meant for one image at a time; the best evaluated."
@@ -361,6 +378,33 @@ def square(loss, start, x, eps, steps, step=.3, ball='linf'):
         f(project(torch.where(inside.to(x.device), x + eps*sign.to(x), f.best), x, eps), slope=False)
     return f.best
 
+# %% ../nbs/12_attacks.ipynb #948e5287
+class Folded(nn.Module):
+    "A convolution whose stride divides its kernel and the padded image, by (12.15): the same function, its gradient sooner."
+    def __init__(self, conv): super().__init__(); self.conv = conv
+    def forward(self, x):
+        c, s = self.conv, self.conv.stride[0]
+        X = F.pixel_unshuffle(F.pad(x, [c.padding[0]]*4), s).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(X, F.pixel_unshuffle(c.weight, s), c.bias)
+
+# %% ../nbs/12_attacks.ipynb #6d4b6642
+class Unfolded(nn.Module):
+    "A transposed convolution whose stride divides its kernel, by (12.15) read from right to left: the same function, sooner."
+    def __init__(self, conv): super().__init__(); self.conv = conv
+    def forward(self, h):
+        c, s = self.conv, self.conv.stride[0]
+        X = F.pixel_shuffle(F.conv_transpose2d(h, F.pixel_unshuffle(c.weight, s)), s)
+        return F.pad(X, [-c.padding[0]]*4) + c.bias[:, None, None]
+
+# %% ../nbs/12_attacks.ipynb #3b14edb6
+def quick(model):
+    "A copy of a `VAE` that computes the same with faster gradients; anything else as it is."
+    if not isinstance(model, VAE): return model
+    fast = deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
+    fast.encoder[0] = Folded(fast.encoder[0])
+    if isinstance(fast.decoder[-1], nn.ConvTranspose2d): fast.decoder[-1] = Unfolded(fast.decoder[-1])
+    return fast
+
 # %% ../nbs/12_attacks.ipynb #d02a7cea
 def check_batch(who, a):
     "Raise `AttackError` unless `a` is a non-empty batch of images in [0, 1]; `who` they are stands in the message."
@@ -395,7 +439,7 @@ def check_task(preset, x_t, judge, eps):
     "Raise `AttackError` if an `AttackPreset` lacks what it needs."
     if eps is not None and not (eps > 0).all(): raise AttackError(f'A radius must be positive, not {eps.min():g}.')
     if eps is not None and preset.optimiser == 'adam':
-        raise AttackError('Adam has one step size for all images, hence one radius: use pgd or apgd.')
+        raise AttackError('Adam has one step size for all images, hence one radius: use pgd, apgd or rmsprop.')
     if preset.goal == 'target' and x_t is None: raise AttackError('There are no targets: give x_t, or choose goal = away.')
     if preset.goal == 'away' and not preset.noise:
         raise AttackError('goal = away needs noise > 0: at the source itself the distance is least and has no gradient.')
@@ -429,7 +473,7 @@ def starts(x, preset, noises):
         yield (x + scale*torch.randn(x.shape, generator=g).to(x)).clamp(0, 1) if scale else x
 
 # %% ../nbs/12_attacks.ipynb #5d03d6d5
-OPTIMISERS = {'adam': adam, 'pgd': pgd, 'apgd': apgd, 'lbfgs': lbfgs, 'square': square}
+OPTIMISERS = {'adam': adam, 'pgd': pgd, 'apgd': apgd, 'rmsprop': rmsprop, 'lbfgs': lbfgs, 'square': square}
 
 class Attacked(NamedTuple):
     """Adversarial images `x` (B, C, H, W), the objective (without the pixel norm) `before` and `after`, (B,); per image the
@@ -479,6 +523,7 @@ def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=Tru
     preset's. `make`: an objective of your own, a function like those in `OBJECTIVES`. `trace`: keep the values (with the pixel
     norm) of all evaluations, NaN after an early stop. Raises `AttackError` with one sentence."""
     check_pairs(x, x_t), check_models(model, judge), check_task(preset, x_t, judge, eps)
+    model = quick(model)
     if preset.optimiser == 'lbfgs': batch = 1
     noises, done = [torch.Generator().manual_seed(seed + i) for i in range(preset.restarts)], []
     radii, prices = (repeat(d) if own is None else own.split(batch) for own, d in ((eps, preset.eps), (lam, preset.lam)))

@@ -75,7 +75,7 @@ class AttackPreset(BaseModel, extra='forbid', frozen=True):
     soften: Positive = 1
     ball: Literal['linf', 'l2'] = 'linf'
     eps: Positive
-    optimiser: Literal['adam', 'pgd', 'apgd', 'lbfgs', 'square']
+    optimiser: Literal['adam', 'pgd', 'apgd', 'rmsprop', 'lbfgs', 'square']
     step: Positive
     steps: Count
     noise: NonNegative
