@@ -14,7 +14,7 @@ from vae_robust.verdict import (association, by_seed, cells, circumstances, comp
 def test_a_cell_says_all_that_its_answer_depends_on():
     one, two = cells(preset('study.smoke'))[:2]
     assert (one['set'], two['set']) == ({'lam': '0', 'steps': '2'}, {'lam': '1', 'steps': '2'})
-    assert (one['values']['steps'], one['values']['pairs'], one['values']['optimiser'], two['values']['lam']) == (2, 1, 'pgd', 1)
+    assert (one['values']['steps'], one['values']['pairs'], one['values']['optimiser'], two['values']['lam']) == (2, 1, 'rmsprop', 1)
     assert len(one['weights']) == 12 and list(one['judges']) == ['judge.residual'] and one['judges']['judge.residual']
 
 
