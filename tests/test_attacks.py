@@ -470,7 +470,7 @@ def test_quick_computes_the_same_and_leaves_the_model_as_it_was(keys):
     assert quick(means) is means and quick(m.encoder) is m.encoder                                      # not a VAE: as it is
 
 
-def test_a_memory_helps_where_features_differ_in_slope():
+def test_rmsprop_takes_the_steps_of_12_14_worked_out_by_hand():
     "The first step is the sign; later steps of a pixel that is pushed to and fro shrink, of one that is pushed one way grow."
     moves = []
     loss = lambda xs: moves.append(xs) or (xs*torch.tensor([1., (-1.)**len(moves)]).view(1, 1, 1, 2)).flatten(1).sum(1)

@@ -46,7 +46,10 @@ def logits(model):
 # %% ../nbs/12_attacks.ipynb #7cc5f06e
 def log_probs(model):
     "phi(x) = (mu, log q(c|x)): (B, D + K)."
-    return lambda x: (lambda mu, _, l: torch.cat([mu, l.log_softmax(-1)], -1))(*model.encode(x))
+    def phi(x):
+        mu, _, l = model.encode(x)
+        return torch.cat([mu, l.log_softmax(-1)], -1)
+    return phi
 
 # %% ../nbs/12_attacks.ipynb #ef65f750
 def codes(model):
