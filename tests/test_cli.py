@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vae_robust.cli import app
+from vae_robust.settings import root
 
 
 def vae_robust(*args, **env):
@@ -16,10 +17,10 @@ def test_help_is_worth_reading_and_quick():
     began = time.time()
     done = vae_robust('--help')
     assert done.returncode == 0 and time.time() - began < 10
-    for command in ('data', 'train', 'attack', 'report', 'reproduce'): assert re.search(rf'^  {command} +\w', done.stdout, re.M)
+    for command in ('data', 'train', 'attack', 'reproduce', 'study', 'site'): assert re.search(rf'^  {command} +\w', done.stdout, re.M)
 
 
-@pytest.mark.parametrize('command', ['data', 'train', 'attack', 'report', 'reproduce'])
+@pytest.mark.parametrize('command', ['data', 'train', 'attack', 'reproduce', 'study', 'site'])
 def test_every_option_says_what_it_is(command):
     text = CliRunner().invoke(app, [command, '--help']).stdout
     for line in re.findall(r'^  (--\w+.*|\w+ +.*)$', text, re.M): assert len(line.split()) > 1
@@ -39,11 +40,31 @@ def test_train_attack_and_resume(tmp_path):
     (('train', 'digits.entangled', '--set', 'lr'), 'write it as key=value'),
     (('train', 'digits.entangled', '--set', 'batch=2000'), 'batch of 2000 does not fit into 1500'),
     (('data', 'mnits'), "did you mean 'mnist'?"),
+    (('train', 'attack.strong'), 'of kind attack; here one of kind model'),
+    (('train', 'digits.entangled', '--set', 'name=x'), 'name: unknown key'),
+    (('study', 'job.main'), 'of kind job; here one of kind study or dose'),
+    (('study', 'study.smoke', '--jobs', '0'), '--jobs 0'),
+    (('reproduce', '--job', 'study.primary'), 'of kind study; here one of kind job'),
+    (('reproduce', '--everything', '--folder', 'elsewhere'), 'leave --folder and --runs out'),
+    (('attack', 'digits.entangled', '--length', 'train.smoke'), 'judge.residual judges mnist, the models are of digits'),
+    (('attack', 'mnist.entangled', 'mnist.entangled'), 'of kind model; here one of kind attack'),
 ])
 def test_mistakes_get_one_sentence_and_status_1(tmp_path, args, words):
     done = vae_robust(*args, *(('--runs', tmp_path) if args[0] == 'train' else ()))
     assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr
     assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+def test_changed_settings_have_a_folder_of_their_own(tmp_path):
+    for more in ((), ('--set', 'steps=3')):
+        assert CliRunner().invoke(app, ['train', 'digits.entangled', '--length', 'train.smoke', '--runs', str(tmp_path), *more]).exit_code == 0
+    assert {p.parent.parent.name for p in tmp_path.rglob('weights.safetensors')} == {'digits.entangled', 'digits.entangled-steps=3'}
+
+
+def test_another_job_leaves_the_figures_of_the_main_one_alone(tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in (root()/'figures').iterdir()}
+    assert CliRunner().invoke(app, ['reproduce', '--job', 'job.smoke', '--runs', str(tmp_path)]).exit_code == 0
+    assert (tmp_path/'job.smoke'/'means.md').exists() and before == {p: p.stat().st_mtime_ns for p in (root()/'figures').iterdir()}
 
 
 def test_without_a_network_and_data_it_says_what_to_do(tmp_path):

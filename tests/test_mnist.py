@@ -59,6 +59,11 @@ def test_matrix_by_hand():
     assert a[3, 8] == 75 and np.isnan(a).sum() == 99 and matrix(t, 'hit')[3, 8] == 25
 
 
+def test_a_model_that_the_thesis_has_not_gets_a_row_without_it():
+    row = {'attack': 'thesis', 'model': 'mine', 'seed': 0, 'source': 0, 'target': 1, 'kept': 4, 'missed': 1, 'hit': 0}
+    assert summary(pd.DataFrame([row])).as_ignore_thesis.tolist() == ['']
+
+
 def test_summary_sets_the_thesis_beside_its_own_attack_only():
     rows = [dict(model=m, seed=0, attack=a, source=1, target=2, kept=10, missed=5, hit=2) for m in ('disentangled', 'entangled') for a in ('thesis', 'none')]
     s = summary(pd.DataFrame(rows)).set_index(['attack', 'model'])
@@ -86,7 +91,7 @@ def test_a_portrait_of_a_model_known_by_hand():
 
 
 def test_of_shipped_models_a_job_takes_those_that_there_are():
-    assert members(preset('job.main', models='mnist.entangled, digits.entangled', seeds='0, 99')) == [('mnist.entangled', 0)]
+    assert members(preset('job.main', models='mnist.entangled, digits.disentangled', seeds='0, 99')) == [('mnist.entangled', 0)]
     assert members(preset('job.smoke', seeds='0, 99')) == [(m, s) for m in preset('job.smoke').models for s in (0, 99)]
 
 

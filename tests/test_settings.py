@@ -83,3 +83,19 @@ def test_a_study_takes_any_key_of_an_attack_and_no_other(tmp_path):
     s = preset('study.lambda')
     assert s.axes['lam'] == ('0', '0.1', '0.25', '0.5', '1', '2', '4') and set(s.axes) == {'lam', 'features'}
     with pytest.raises(SettingsError, match="lamb: no such key; did you mean 'lam'"): preset('study.lambda', lamb='1, 2')
+
+
+def test_without_git_the_commit_is_none_and_nothing_fails(monkeypatch, tmp_path):
+    assert settings.commit() != 'none' or not (settings.root()/'.git').exists()
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert settings.commit() == 'none'
+
+
+def test_a_like_that_leads_in_a_circle_and_bytes_that_are_no_text_get_one_sentence(ini, tmp_path):
+    with pytest.raises(SettingsError, match='`like` leads back to itself'): preset('mnist.a', file=ini('[mnist.a]\nlike = mnist.b\n[mnist.b]\nlike = mnist.a\n'))
+    (tmp_path/'odd.ini').write_bytes(b'[mnist.a]\nlr = \xff\n')
+    with pytest.raises(SettingsError, match='odd.ini'): preset('mnist.a', file=tmp_path/'odd.ini')
+
+
+def test_models_that_a_table_could_not_tell_apart_are_refused():
+    with pytest.raises(SettingsError, match='same last name'): preset('job.smoke', models='mnist.entangled, digits.entangled')

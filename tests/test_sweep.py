@@ -54,6 +54,20 @@ def test_an_answer_to_another_question_is_not_taken(tmp_path):
     assert answer(CELLS[1], tmp_path) is None and missing(CELLS[:2], tmp_path) == CELLS[:2]
 
 
+@pytest.mark.parametrize('rest', [b'', b'\xff\xfe', b'"a\n1,2,3\n'])
+def test_a_damaged_answer_is_no_answer(tmp_path, rest):
+    keep(CELLS[0], count(CELLS[0]), tmp_path)
+    path = path_of(CELLS[0], tmp_path)
+    path.write_bytes(path.read_bytes().split(b'\n')[0] + b'\n' + rest)
+    assert missing(CELLS[:1], tmp_path) == CELLS[:1]
+
+
+def test_a_torn_line_of_the_clock_is_passed_over(tmp_path):
+    sweep(CELLS[:4], count, tmp_path, progress=False, jobs=1)
+    with open(tmp_path/'seconds.jsonl', 'a') as f: f.write('{"cell": "0123", "sec')
+    assert plan(CELLS[:5], tmp_path)['done'] == 4
+
+
 def test_a_sweep_that_was_killed_goes_on_and_does_nothing_twice(marked):
     cells, marks, folder = marked
     process = started(cells, folder, jobs=2)

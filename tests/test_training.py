@@ -1,4 +1,4 @@
-import json, os, signal, socket, subprocess, sys, time
+import json, os, shutil, signal, socket, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from vae_robust import settings, training
 from vae_robust.data import load
 from vae_robust.settings import preset
 from vae_robust.training import (TrainingError, alive, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights,
-                                 hashes, pretrained, read_weights, ship, shipped, train, warm, WEIGHTS)
+                                 hashes, learning_curve, pretrained, publish_curves, read_weights, ship, shipped, train, warm, WEIGHTS)
 from vae_robust.vae import Terms, elbo, kl
 
 SHORT = preset('digits.disentangled', steps=30, C_steps=20, lr='1e-3')
@@ -292,3 +292,15 @@ def test_every_shipped_encoder_is_alive():
 def test_a_slow_start_ends_after_a_twentieth_and_is_cosine_from_there():
     rates = [warm(1., i, 1000) for i in range(1000)]
     assert rates[0] == 1/50 and rates[24] < .5 + 1e-9 and all(r == cosine(1., i, 1000) for i, r in enumerate(rates) if i >= 49) and max(rates) > .99
+
+
+def test_a_learning_curve_says_whether_its_weights_are_the_shipped_bytes(tmp_path):
+    run = tmp_path/'train.full'/'mnist.entangled'/'seed0'
+    run.mkdir(parents=True)
+    shutil.copy(shipped('mnist/entangled', 0), run/'weights.safetensors')
+    pd.DataFrame({'step': [100, 500, 600], 'rec': [4., 2, 9], 'kl_z0': [1., 1, 0], 'kl_z1': [0., 2, 5], 'kl_c': [0., 1, 2]}).to_csv(run/'curves.csv')
+    table = publish_curves(tmp_path, ('mnist.entangled',), folder=tmp_path)
+    assert table[['step', 'rec', 'kl_z', 'kl_c', 'seed']].values.tolist() == [[500, 3, 2, .5, 0], [1000, 9, 5, 2, 0]]
+    assert '"shipped_bytes": {"mnist.entangled": true}' in (tmp_path/'curves.csv').read_text()
+    save_weights(run/'weights.safetensors', pretrained('mnist/entangled', 1), identity(preset('mnist.entangled'), 0))
+    assert learning_curve('mnist.entangled', 0, tmp_path)[1] is False

@@ -18,7 +18,7 @@ from .attacks import attack
 from .data import load, pixels
 from .joint_vae import unsupervised_accuracy
 from .robustness import cell, evaluate, judged, mean_rate, pairs, pretrained_judge, rates, reconstruct, train_judge
-from .settings import preset, read_table, root, save_csv, save_figure, save_table
+from .settings import SettingsError, preset, read_table, root, save_csv, save_figure, save_table
 from .training import identity, is_shipped, one_thread, pretrained, train
 from .traversals import show_grid, traversals
 from .vae import kl, log_marginal
@@ -38,8 +38,12 @@ def trained(name, length, seed, runs):
 
 # %% ../nbs/14_mnist.ipynb #47180548
 def judge_of(job, runs):
-    "The judge of a `JobPreset` and its preset: shipped if the models are, else from the folder `runs`, where it is trained unless it is there."
+    """The judge of a `JobPreset` and its preset: shipped if the models are, else from the folder `runs`, where it is trained unless it is there.
+    Raises `SettingsError` if it judges other images than those of the models."""
     p = preset(job.judge)
+    for m in map(preset, job.models):
+        if m.data != p.data: raise SettingsError(f'{job.judge} judges {p.data}, the models are of {m.data}: name another judge.')
+        if m.channels != 1: raise SettingsError('Judges of this chapter see grey images; for faces there is vae_robust.celeba.report.')
     if job.train == 'shipped': return pretrained_judge(job.judge.replace('.', '/')), p
     return train_judge(p, Path(runs)/job.judge), p
 
@@ -123,7 +127,7 @@ def summary(table):
         for rate, k in (('as_ignore', 'missed'), ('as_target', 'hit')):
             mean, low, high = mean_of(g, k)
             row |= {rate: mean, f'{rate}_95%': f'{low:.1f} to {high:.1f}'}
-            row |= {f'{rate}_thesis': ' / '.join(f'{said.loc[(model, run), rate]:.1f}' for run in ('text', 'second')) if name == 'thesis' else ''}
+            row |= {f'{rate}_thesis': ' / '.join(f'{said.loc[(model, run), rate]:.1f}' for run in ('text', 'second')) if name == 'thesis' and (model, 'text') in said.index else ''}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -182,7 +186,8 @@ def report(job, runs, folder=None):
     facts = dict(models=job.models, train=job.train, seeds=job.seeds, attacks=dict(zip(job.attacks, job.pairs)), judge=job.judge)
     save_table(summary(table), 'means', folder, **facts)
     save_table(rates(table), 'pairs', folder, **facts)
-    save_table(portraits(job, runs, n=50, K=1000 if job.train == 'shipped' else 10), 'models', folder, **facts)
+    sample = dict(n=50, K=10 if job.train in ('train.smoke', 'train.quick') else 1000)
+    save_table(portraits(job, runs, **sample), 'models', folder, **facts, **sample)
     for name in table.attack.unique(): save_figure(matrices(table, name), f'matrix_{name}', folder, **facts)
     pictures(job, runs, folder)
     plt.close('all')

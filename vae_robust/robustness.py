@@ -110,7 +110,7 @@ def train_judge(preset, folder, seed=0, progress=True):
 def pretrained_judge(name, seed=0, source=WEIGHTS):
     "The shipped judge 'judge/wide', 'judge/strided' or 'judge/residual' in eval mode; errors as in `training.pretrained`."
     p = preset(name.replace('/', '.'))
-    return load_weights(shipped(name, seed, source), NETWORKS[p.network](), identity(p, seed)).eval()
+    return load_weights(shipped(name, seed, source, identity(p, seed)), NETWORKS[p.network]()).eval()
 
 # %% ../nbs/13_robustness.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000):
@@ -129,7 +129,7 @@ def agreement(judges, x):
 
 # %% ../nbs/13_robustness.ipynb #4ed37b73
 def pairs(y, n, seed=0):
-    "For labels y, up to `n` (source, target) index pairs for each ordered pair of different classes: int64 (P, 2), sources of a pair distinct."
+    "For labels y, up to `n` (source, target) index pairs for each ordered pair of different classes: int64 (P, 2), in which no source and no target of two classes comes twice."
     rng, out = np.random.default_rng(seed), []
     where = {int(k): np.flatnonzero(y == k) for k in y.unique()}
     for s in where:
@@ -348,7 +348,8 @@ def stays_within(model, x, r, n=200):
 
 # %% ../nbs/13_robustness.ipynb #c37d0ff3
 def margins(model, x, p):
-    "The radii (13.7) up to which images x are r-robust to first order, for p (B,) as `stays_within` gives it: R and its lower bound; < 0 if p < .5."
+    """The radii (13.7) up to which images x are r-robust to first order, for p (B,) as `stays_within` gives it: R and its lower bound; < 0 if p < .5.
+    p is cut to [.001, .999], so that R is at most 3.09 divided by the largest singular value in (13.7)."""
     J, sd = jacobians(features(model, 'means'), x), model.posterior(x).z.stddev.detach()
     z = torch.as_tensor(gaussian.ppf(p.clamp(1e-3, 1 - 1e-3)), dtype=x.dtype)
     return z/torch.linalg.matrix_norm(J/sd[..., None], 2), z*sd.amin(1)/torch.linalg.matrix_norm(J)

@@ -9,7 +9,7 @@ __all__ = ['Positive', 'NonNegative', 'Count', 'AtLeastOne', 'Words', 'Counts', 
            'write', 'save_figure', 'save_csv', 'save_table', 'read_table']
 
 # %% ../nbs/00_settings.ipynb #0870e9a9
-import configparser, difflib, json, os, subprocess
+import configparser, difflib, io, json, os, shutil, subprocess
 from pathlib import Path
 from typing import Annotated, Literal
 import pandas as pd
@@ -112,8 +112,9 @@ class JobPreset(BaseModel, extra='forbid', frozen=True):
 
     @model_validator(mode='after')
     def as_many(self):
-        if len(self.pairs) == len(self.attacks): return self
-        raise ValueError(f'{len(self.attacks)} attacks need as many numbers of pairs, not {len(self.pairs)}')
+        if len(self.pairs) != len(self.attacks): raise ValueError(f'{len(self.attacks)} attacks need as many numbers of pairs, not {len(self.pairs)}')
+        if len({m.split('.')[-1] for m in self.models}) < len(self.models): raise ValueError('two models have the same last name, and tables could not tell them apart')
+        return self
 
 # %% ../nbs/00_settings.ipynb #16a2f114
 def axes_of(study):
@@ -170,7 +171,7 @@ def read_settings(file=None):
     ini.optionxform = str                                                        # keys keep their case: C_z
     try: ini.read_string(file.read_text(), source=file.name)
     except OSError as e: raise SettingsError(f'{file.name}: cannot be read ({e.strerror}); set VAE_ROBUST_SETTINGS or restore the file.') from None
-    except configparser.Error as e: raise SettingsError(' '.join(str(e).split())) from None
+    except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f'{file.name}: ' + ' '.join(str(e).split())) from None
     return {name: dict(ini[name]) for name in ini.sections() if name}
 
 # %% ../nbs/00_settings.ipynb #62f578e3
@@ -180,12 +181,13 @@ def near(word, words):
     return f'did you mean {close[0]!r}?' if close else f'there are {", ".join(sorted(words))}.'
 
 # %% ../nbs/00_settings.ipynb #9af62803
-def section(name, sections, file='settings.ini'):
+def section(name, sections, file='settings.ini', seen=()):
     "The keys of one section with those of the section it is `like`, as `{key: (value, section it stands in)}`."
+    if name in seen: raise SettingsError(f'{file} [{name}]: its `like` leads back to itself.')
     if name not in sections: raise SettingsError(f'{file}: there is no section [{name}]; {near(name, sections)}')
     own = {k: (v, name) for k, v in sections[name].items()}
     base, _ = own.pop('like', (None, None))
-    return (section(base, sections, file) if base else {}) | own
+    return (section(base, sections, file, (*seen, name)) if base else {}) | own
 
 # %% ../nbs/00_settings.ipynb #e855f249
 def complaint(error, where, file, kind):
@@ -193,7 +195,7 @@ def complaint(error, where, file, kind):
     e = error.errors()[0]
     key = e['loc'][0] if e['loc'] else ''
     at = f'{file} [{where.get(key, where[None])}]'
-    if not key: return f'{at}: ' + e['msg'].removeprefix('Value error, ') + '.'
+    if not key: return f'{at}: ' + e['msg'].removeprefix('Value error, ').rstrip('.') + ('' if e['msg'].endswith('?') else '.')
     if e['type'] == 'missing': return f'{at}: the key {key!r} is missing.'
     if e['type'] == 'extra_forbidden': return f'{at} {key}: unknown key; {near(key, kind.model_fields)}'
     return f'{at} {key} = {e["input"]}: {e["msg"].lower()}.'
@@ -201,7 +203,7 @@ def complaint(error, where, file, kind):
 # %% ../nbs/00_settings.ipynb #a67650f2
 KINDS = {'attack': AttackPreset, 'judge': JudgePreset, 'job': JobPreset, 'study': StudyPreset, 'dose': DosePreset}
 
-def preset(name, *overlays, file=None, **overrides):
+def preset(name, /, *overlays, file=None, **overrides):
     """The preset in section `name`, with the sections `overlays` and then the keyword `overrides` laid over it.
     A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`), `JobPreset` (`job.*`), `StudyPreset` (`study.*`) or `DosePreset` (`dose.*`);
     raises `SettingsError`."""
@@ -220,7 +222,8 @@ def root():
 
 # %% ../nbs/00_settings.ipynb #fb5c8cd8
 def commit():
-    "Short hash of the checkout's commit, with '+' if tracked code has changed since; 'none' outside git."
+    "Short hash of the checkout's commit, with '+' if tracked code has changed since; 'none' without git."
+    if not (root()/'.git').exists() or not shutil.which('git'): return 'none'
     git = lambda *a: subprocess.run(['git', '-C', root(), *a], capture_output=True, text=True).stdout.strip()
     return (git('rev-parse', '--short', 'HEAD') or 'none') + ('+' if git('status', '--porcelain', '--', 'vae_robust', 'settings.ini') else '')
 
@@ -242,10 +245,8 @@ def write(path, data):
 def save_figure(fig, name, folder=None, **facts):
     "Write `fig` to figures/`name`.png with its provenance in the PNG's description; in smoke mode only into a given `folder`."
     if smoke() and folder is None: return
-    path = Path(folder or root()/'figures')/f'{name}.png'; path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}')
-    fig.savefig(tmp, dpi=110, bbox_inches='tight', format='png', metadata={'Description': provenance(**facts), 'Software': None})
-    os.replace(tmp, path)
+    fig.savefig(data := io.BytesIO(), dpi=110, bbox_inches='tight', format='png', metadata={'Description': provenance(**facts), 'Software': None})
+    write(Path(folder or root()/'figures')/f'{name}.png', data.getvalue())
 
 # %% ../nbs/00_settings.ipynb #81c36fba
 def save_csv(table, name, folder=None, **facts):

@@ -37,10 +37,10 @@ def keep(settings, table, folder):
 
 # %% ../nbs/17_sweep.ipynb #f90ed573
 def answer(settings, folder):
-    "The table of a cell that is done; None if it is not, or if its file says another question."
+    "The table of a cell that is done; None if it is not, or if its file is damaged or answers another question."
     path = path_of(settings, folder)
-    if not path.exists() or path.read_text().split('\n', 1)[0] != f'# {line(settings)}': return None
-    return read_table(path)
+    try: return read_table(path) if path.exists() and path.read_text().split('\n', 1)[0] == f'# {line(settings)}' else None
+    except (UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError): return None
 
 # %% ../nbs/17_sweep.ipynb #ed65bb1c
 def attempt(compute, settings):
@@ -124,7 +124,8 @@ def plan(cells, folder, jobs=1, like=('seed',)):
     "What a sweep would do: {'cells', 'done', 'seconds'}, from the times of finished cells that differ only in the settings `like`."
     path, todo = Path(folder)/'seconds.jsonl', missing(cells, folder)
     kind = lambda c: line({k: v for k, v in c.items() if k not in like})
-    past = pd.DataFrame([json.loads(l) for l in path.read_text().splitlines()] if path.exists() else [], columns=['cell', 'seconds', 'settings'])
+    whole = [l for l in path.read_text().splitlines() if l.endswith('}')] if path.exists() else []
+    past = pd.DataFrame([json.loads(l) for l in whole], columns=['cell', 'seconds', 'settings'])
     means = past.groupby(past.settings.map(kind)).seconds.mean() if len(past) else {}
     known = [means.get(kind(c), past.seconds.mean()) for c in todo]
     return {'cells': len(cells), 'done': len(cells) - len(todo), 'seconds': sum(known)/jobs}

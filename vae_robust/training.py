@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'OBJECTIVES', 'WEIGHTS', 'TrainingError', 'minibatches',
            'load_checkpoint', 'save_weights', 'read_weights', 'load_weights', 'averages', 'mean_row', 'advance',
            'cosine', 'warm', 'take', 'Loss', 'distributed', 'gathered', 'random_state', 'resume', 'save_run', 'fit',
            'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'train', 'alive', 'hashes', 'ship',
-           'is_shipped', 'shipped', 'pretrained']
+           'is_shipped', 'shipped', 'pretrained', 'learning_curve', 'publish_curves']
 
 # %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .beta_vae import beta_vae, capacity
 from .data import load, pixels
 from .joint_vae import joint_vae
-from .settings import ModelPreset, commit, preset, write
+from .settings import ModelPreset, commit, preset, save_csv, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
 from .vae import VAE, elbo
 
@@ -305,17 +305,39 @@ def is_shipped(name, seed, source=WEIGHTS):
     return f'{name.replace(".", "/")}/seed{seed}.safetensors' in hashes(source)
 
 # %% ../nbs/09_training.ipynb #360c5376
-def shipped(name, seed=0, source=WEIGHTS):
-    "Path of the shipped weights `name` with `seed`, whose hash has been compared; raises `TrainingError` if there are none or they are damaged."
+def shipped(name, seed=0, source=WEIGHTS, settings=None):
+    """Path of the shipped weights `name` with `seed`, whose hash has been compared; raises `TrainingError` if there are none, if they are damaged, or
+    if they were trained with other `settings` (if given)."""
     file, known = f'{name}/seed{seed}.safetensors', hashes(source)
     if file not in known: raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; there are {", ".join(sorted(known)) or "none"}.')
     path = Path(source)/file
-    if path.exists() and sha256(path.read_bytes()).hexdigest() == known[file]: return path
-    raise TrainingError(f'{path} is missing or damaged: its hash is not the one in SHA256SUMS; install the package again.')
+    if not path.exists() or sha256(path.read_bytes()).hexdigest() != known[file]:
+        raise TrainingError(f'{path} is missing or damaged: its hash is not the one in SHA256SUMS; install the package again.')
+    if settings in (None, stored := read_weights(path)[1]): return path
+    raise TrainingError(f'The shipped {name} was trained with other settings than it has now ({stored}): undo the change, or train a model of your own.')
 
 # %% ../nbs/09_training.ipynb #ecdff359
 def pretrained(name, seed=0, source=WEIGHTS):
     """The shipped `VAE` of a model such as 'mnist/disentangled', trained with `seed`, in eval mode. Raises `TrainingError` if there is
     none, if its file is damaged, or if the preset in settings.ini is no longer the one it was trained with."""
-    path, p = shipped(name, seed, source), preset(name.replace('/', '.'))
-    return load_weights(path, build(p.model_copy(update={'objective': 'elbo'}), seed=seed), identity(p, seed)).eval()
+    p = preset(name.replace('/', '.'))
+    return load_weights(shipped(name, seed, source, identity(p, seed)), build(p.model_copy(update={'objective': 'elbo'}), seed=seed)).eval()
+
+# %% ../nbs/09_training.ipynb #293fd601
+def learning_curve(name, seed, runs, every=500):
+    """The learning curve of the model that `vae-robust train NAME --seed S` leaves in the folder `runs`, where it is trained unless it is there: a data
+    frame with name, seed, step, and means over `every` steps of rec, kl_z and kl_c in nats per image; and whether its weights are the shipped bytes."""
+    folder = Path(runs)/'train.full'/name/f'seed{seed}'
+    train(preset(name), folder, seed)
+    t = pd.read_csv(folder/'curves.csv')
+    t = pd.DataFrame({'step': -(-t.step//every)*every, 'rec': t.rec, 'kl_z': t.filter(like='kl_z').sum(axis=1), 'kl_c': t.kl_c})
+    known = hashes().get(f'{name.replace(".", "/")}/seed{seed}.safetensors')
+    same = sha256((folder/'weights.safetensors').read_bytes()).hexdigest() == known
+    return t.groupby('step', as_index=False).mean().round(3).assign(name=name, seed=seed), same
+
+# %% ../nbs/09_training.ipynb #df4e2f44
+def publish_curves(runs, names=('mnist.disentangled', 'mnist.entangled', 'mnist.entangled_wd'), seed=0, folder=None):
+    "Write the `learning_curve` of `names` to figures/curves.csv (or to `folder`), with their provenance: whose weights are the shipped bytes; the table."
+    found = {n: learning_curve(n, seed, runs) for n in names}
+    table = pd.concat([t for t, _ in found.values()])
+    return save_csv(table, 'curves', folder, shipped_bytes={n: same for n, (_, same) in found.items()})
