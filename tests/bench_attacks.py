@@ -4,10 +4,12 @@ and ratios go to figures/bench_attacks.csv and .md, what `attack.strong` needs a
 import resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from statistics import median
 
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.optim import Adam
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import in_a_process, machine
 from vae_robust.attacks import attack, features, norm, project, verify
@@ -155,6 +157,21 @@ def many(n, part, parts):
     return len(index), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
 
+def roof(n=2048, times=7):
+    "GFLOP/s of the product of two float32 matrices (n, n): what this core can do."
+    torch.set_num_threads(1)
+    A, seconds = torch.rand(n, n), []
+    for _ in range(times): began = time.perf_counter(); A @ A; seconds.append(time.perf_counter() - began)
+    return [2*n**3/median(seconds)/1e9]
+
+
+def work():
+    "GFLOP of one step of `attack.strong` for one image: the encoder forwards and back to the image."
+    model, x, _ = sample(1)
+    with FlopCounterMode(display=False) as counter: features(model, STRONG.features)(x.requires_grad_()).sum().backward()
+    return [counter.get_total_flops()/1e9]
+
+
 child = partial(in_a_process, script=__file__)
 
 
@@ -178,7 +195,8 @@ def limits(full):
     rows = {f'attack.strong, mean latent distance after {s} steps': child('converge', PAIRS, s)[0] for s in (5, 10, 20, 40, 80)}
     (_, _, low), (n, seconds, high), everything = child('many', 1000, 0, 1), child('many', 20_000, 0, 1), len(chosen(ALL))
     rows |= {'attack.fast, peak memory in MB, 1,000 pairs': low, 'the same, 20,000 pairs': high,
-             f'attack.fast, minutes for {everything:,} pairs on two cores, extrapolated': everything/n*seconds/2/60}
+             f'attack.fast, minutes for {everything:,} pairs on two cores, extrapolated': everything/n*seconds/2/60,
+             'MFLOP of a step of attack.strong for one image': 1000*child('work')[0], 'GFLOP/s of a product of float32 matrices on one core': child('roof')[0]}
     if full:
         with ThreadPoolExecutor(2) as two: halves = [*two.map(lambda i: child('many', ALL, i, 2, core=i), range(2))]
         rows |= {'the same, measured': max(h[1] for h in halves)/60, 'the same, peak memory in MB of both processes': sum(h[2] for h in halves)}

@@ -101,7 +101,7 @@ def test_a_table_that_grows_keeps_what_it_has(grown):
 
 
 @pytest.mark.parametrize('change, left', [({'study': {}}, set()), ({'weights': {'mnist.disentangled/0': 'other'}}, {'entangled'}),
-                                          ({'attacks': {'attack.strong': {}, 'attack.none': {}, 'attack.noise': {}}}, {'disentangled', 'entangled'})])
+                                          ({'attacks': dict.fromkeys(preset('study.primary').attacks, {})}, {'disentangled', 'entangled'})])
 def test_nothing_is_taken_over_from_other_circumstances(grown, change, left):
     s, path = grown
     rows = inherited(path, circumstances(s) | change, set())

@@ -480,7 +480,7 @@ OPTIMISERS = {'adam': adam, 'pgd': pgd, 'apgd': apgd, 'rmsprop': rmsprop, 'lbfgs
 
 class Attacked(NamedTuple):
     """Adversarial images `x` (B, C, H, W), the objective (without the pixel norm) `before` and `after`, (B,); per image the
-    number of `evaluations` (each one forward and one backward pass), of `nans` and of zero gradients (`zeros`) among them;
+    number of `evaluations` (each one forward and one backward pass; for `square` forward only), of `nans` and of zero gradients (`zeros`) among them;
     the `trace`, (B, T), if asked for."""
     x: Tensor
     before: Tensor

@@ -47,7 +47,7 @@ def compute(cell):
 
 # %% ../nbs/16_verdict.ipynb #71802a90
 def per_source(rows, judge, mask=True):
-    "Of the kept pairs of a `trial` in `mask`, by source class: kept, missed, hit, and means of the objective before and after and of the image's move."
+    "By source class, of a `trial`: kept, missed, hit, of its kept pairs in `mask`; and of all its pairs the mean objective before and after and the image's mean move."
     c = tally(rows, judge, mask).groupby('source')[['kept', 'missed', 'hit']].sum()
     return c.join(rows.groupby('source')[['objective_before', 'objective_after', 'l2']].mean().round(3)).reset_index()
 
