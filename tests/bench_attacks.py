@@ -1,6 +1,6 @@
 """Attacks against other packages: `make bench` (see README). Each program attacks the encoder of the shipped 'mnist/entangled' on the same
 (source, target) pairs, in a process of its own on one thread; first each program's best batch is sought, then all are timed in turn. Medians
-and ratios go to figures/bench_attacks.csv and .md, what `attack.strong` needs and reaches to figures/bench_limits. `--full`: attack all pairs."""
+and ratios go to figures/bench_attacks.csv and .md, what `attack.strong` needs and reaches to figures/bench_limits and bench_reach. `--full`: attack all pairs."""
 import resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -107,11 +107,11 @@ PROGRAMS = {
 STEPS = {name: STRONG.steps for name in PROGRAMS} | {name: THESIS.steps for name in LONG} | {'attack.fast': FAST.steps}
 
 
-def prepare():
-    "The encoder and the test images. Weights are frozen and memory is kept for everybody."
+def prepare(name='mnist/entangled'):
+    "A shipped model and the test images. Weights are frozen and memory is kept for everybody."
     torch.set_num_threads(1)
     keep_memory()
-    return pretrained('mnist/entangled').requires_grad_(False), load('mnist', 'test')
+    return pretrained(name).requires_grad_(False), load('mnist', 'test')
 
 
 def chosen(n):
@@ -120,9 +120,9 @@ def chosen(n):
     return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))][:n]
 
 
-def sample(n):
-    "The encoder, and sources and targets of `chosen(n)`."
-    model, test = prepare()
+def sample(n, *name):
+    "The model, and sources and targets of `chosen(n)`."
+    model, test = prepare(*name)
     return model, *(pixels(test.x[i]) for i in chosen(n).T)
 
 
@@ -147,6 +147,14 @@ def converge(n, steps):
     "The latent distance that `attack.strong` reaches in so many steps."
     model, x, x_t = sample(n)
     return [distance(model, ours('attack.strong', model, x, x_t, steps, 256), x_t)]
+
+
+def reach(model, name):
+    "The latent distance that a program reaches on the first `FEW` pairs of a shipped model, and the seconds it takes."
+    model, x, x_t = sample(FEW, f'mnist/{model}')
+    began = time.perf_counter()
+    xs = PROGRAMS[name](model, x, x_t, STEPS[name], FEW)
+    return distance(model, xs, x_t), time.perf_counter() - began
 
 
 def many(n, part, parts):
@@ -190,6 +198,13 @@ def compare():
     return pd.DataFrame(columns).rename_axis('program').reset_index()
 
 
+def reached():
+    "Of three models the latent distances that short attacks reach, and the thesis's 1000 steps, repaired, with its weight and without."
+    names = ['attack.strong', 'attack.fast', 'attack.thesis_repaired', 'attack.thesis_repaired, lam = 0']
+    found = {m: [child('reach', m, name) for name in names] for m in ('disentangled', 'entangled', 'entangled_wd')}
+    return pd.DataFrame([{'model': m} | {n: distance for n, (distance, _) in zip(names, row)} | {'attack.fast, times faster': row[2][1]/row[1][1]} for m, row in found.items()])
+
+
 def limits(full):
     "What `attack.strong` reaches in how many steps, and what many pairs cost `attack.fast`."
     rows = {f'attack.strong, mean latent distance after {s} steps': child('converge', PAIRS, s)[0] for s in (5, 10, 20, 40, 80)}
@@ -204,7 +219,7 @@ def limits(full):
 
 
 def main():
-    for name, floatfmt, table in (('bench_attacks', '.2f', compare()), ('bench_limits', '.3f', limits('--full' in sys.argv))):
+    for name, floatfmt, table in (('bench_attacks', '.2f', compare()), ('bench_limits', '.3f', limits('--full' in sys.argv)), ('bench_reach', '.2f', reached())):
         save_table(table, name, floatfmt=floatfmt, eps=EPS, pairs=PAIRS, few=FEW, repeats=REPEATS, machine=machine())
         print(table.to_markdown(index=False, floatfmt=floatfmt), '\n')
 
