@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vae_robust.cli.data': ('cli.html#data', 'vae_robust/cli.py'),
                                 'vae_robust.cli.report': ('cli.html#report', 'vae_robust/cli.py'),
                                 'vae_robust.cli.reproduce': ('cli.html#reproduce', 'vae_robust/cli.py'),
+                                'vae_robust.cli.run_notebooks': ('cli.html#run_notebooks', 'vae_robust/cli.py'),
                                 'vae_robust.cli.say': ('cli.html#say', 'vae_robust/cli.py'),
                                 'vae_robust.cli.site': ('cli.html#site', 'vae_robust/cli.py'),
                                 'vae_robust.cli.study': ('cli.html#study', 'vae_robust/cli.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Length', 'Seed', 'Runs', 'RUNS', 'Job', 'QUIET', 'values', 'wanted', 'say', 'command', 'data', 'train',
-           'attack', 'report', 'reproduce', 'study', 'all_of_it', 'site']
+           'attack', 'report', 'reproduce', 'study', 'run_notebooks', 'all_of_it', 'site']
 
 # %% ../nbs/20_cli.ipynb #622935b4
 import os, subprocess, sys
@@ -134,22 +134,29 @@ def study(name: Annotated[str, typer.Argument(help='A study or a series of setti
     if dose: verdict.publish_doses(lambda c: answer({k: v for k, v in c.items() if k != 'dose'}), runs, figures)
     else: verdict.publish(name.removeprefix('study.'), answer, figures)
 
-# %% ../nbs/20_cli.ipynb #0441fdf8
+# %% ../nbs/20_cli.ipynb #94e6cec2
 QUIET = {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}                        # bars and warnings are not for the page
 
+def run_notebooks():
+    "Run all notebooks in order, which draw the figures, and clean them."
+    for nb in sorted((root()/'nbs').glob('*.ipynb')):
+        print(nb.name, flush=True)
+        subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', str(nb)], check=True, env=os.environ | QUIET)
+    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=root(), check=True)
+
+# %% ../nbs/20_cli.ipynb #e6591d59
 def all_of_it(runs):
-    "Compute the learning curves, the thesis's tables, every study and series of settings.ini and the comparison, then run all notebooks in order, which draw the figures."
-    from vae_robust import comparison, mnist, training, verdict
+    "Compute the learning curves, the thesis's tables, every study and series of settings.ini, the look at clothes and the comparison, then run all notebooks."
+    from vae_robust import comparison, mnist, settings, training, verdict
     training.publish_curves(runs)
     mnist.tables(read_preset('job.tables'), runs)
     verdict.publish_quantities()
     for name in read_settings():
         if name.split('.')[0] in ('study', 'dose') and name not in ('study.smoke', 'dose.plain'): study(name, runs)
+    clothes = read_preset('job.fashion')
+    settings.save_csv(mnist.report(clothes, runs, runs/'job.fashion')[1], 'fashion', **clothes.model_dump())
     comparison.compare(runs)
-    for nb in sorted((root()/'nbs').glob('*.ipynb')):
-        print(nb.name, flush=True)
-        subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', str(nb)], check=True, env=os.environ | QUIET)
-    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=root(), check=True)
+    run_notebooks()
 
 # %% ../nbs/20_cli.ipynb #90383634
 @command
