@@ -74,6 +74,12 @@ def test_a_finished_run_is_loaded_not_trained(straight, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters())) and not again.training
 
 
+@pytest.mark.parametrize('device', ['abacus', 'meta'] + ['cuda']*(not torch.cuda.is_available()))
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path, device):
+    with pytest.raises(TrainingError, match=f'No device {device!r} here .*leave it out'): train(SHORT, tmp_path/'run', progress=False, device=device)
+    assert not (tmp_path/'run').exists()
+
+
 @pytest.mark.parametrize('unfinished', [True, False])
 def test_a_folder_with_other_settings_is_refused(tmp_path, unfinished):
     if unfinished: training.save_checkpoint(tmp_path/'checkpoint.pt', settings=identity(SHORT, 0))

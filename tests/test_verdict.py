@@ -4,10 +4,10 @@ from torch.distributions import Normal
 
 from vae_robust import verdict
 from vae_robust.data import ImageData, load
-from vae_robust.settings import preset
+from vae_robust.settings import preset, save_csv
 from vae_robust.sweep import collected, sweep
 from vae_robust.vae import Posterior
-from vae_robust.verdict import (association, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, partial_rank, publish, respond, results, slopes,
+from vae_robust.verdict import (association, beside, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, partial_rank, publish, respond, results, slopes,
                                 tidy, varied)
 
 
@@ -168,3 +168,20 @@ def test_an_association_draws_settings_and_not_models():
     alone = t.assign(value=range(30))
     _, low_30, high_30 = association(alone, 'a', 'b', n=300)
     assert abs(rho - pd.Series(a).corr(pd.Series(b), 'spearman')) < 1e-9 and low < rho < high and high - low > 1.3*(high_30 - low_30)
+
+
+def of(dose, seeds, rate, value=1): return pd.DataFrame({'dose': dose, 'value': value, 'seed': range(seeds), 'rate': rate})
+
+
+@pytest.mark.parametrize('new, now, left', [
+    (of('b', 1, 9.), {}, {('a', 1): 1., ('b', 1): 9.}),                              # another series leaves the first as it was
+    (of('a', 2, 9.), {}, {('a', 1): 1.}),                                            # fewer seeds than there were
+    (of('a', 3, 9.), {}, {('a', 1): 9.}),
+    (of('a', 3, 9., value=2), {}, {('a', 1): 1., ('a', 2): 9.}),
+    (of('b', 1, 9.), {'a': {'beta': 2}}, {('b', 1): 9.}),                            # the preset was changed since
+    (of('b', 1, 9.), {'a': None}, {('b', 1): 9.})])
+def test_a_series_computed_again_does_not_cost_the_others_their_rows(tmp_path, new, now, left):
+    save_csv(of('a', 3, 1.), 'dose', tmp_path, a={'beta': 1})
+    t = beside(new, tmp_path/'dose.csv', {'a': {'beta': 1}, 'b': {}} | now)
+    assert {k: g.rate.unique().item() for k, g in t.groupby(['dose', 'value'])} == left
+    pd.testing.assert_frame_equal(beside(new, tmp_path/'none.csv', {}), new)

@@ -68,12 +68,13 @@ def data(name: Annotated[str, typer.Argument(help='mnist, fashion, digits, dspri
 # %% ../nbs/20_cli.ipynb #1c2c8846
 @command
 def train(name: Annotated[str, typer.Argument(help='A section of settings.ini, such as mnist.disentangled.')],
-          length: Length = None, seed: Seed = 0, set: Set = None, runs: Runs = RUNS):
+          length: Length = None, seed: Seed = 0, set: Set = None, runs: Runs = RUNS,
+          device: Annotated[str, typer.Option(help='cpu, or another torch device, such as cuda.')] = 'cpu'):
     "Train a model; an unfinished run goes on, a finished one is only reported."
     from vae_robust import training
     p = read_preset(wanted(name, 'model'), *([length] if length else []), **values(set))
     folder = runs/(length or 'train.full')/'-'.join([name, *(set or [])]).replace('/', ':')/f'seed{seed}'
-    training.train(p, folder, seed)
+    training.train(p, folder, seed, device=device)
     print(f'{name}, seed {seed}, {p.steps} steps: {folder/"weights.safetensors"}')
 
 # %% ../nbs/20_cli.ipynb #c43d7892

@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'WEIGHTS', 'TrainingError', 'minibatches', 'noted_signals', 'save_checkpoint',
            'load_checkpoint', 'save_weights', 'read_weights', 'load_weights', 'averages', 'mean_row', 'advance',
            'cosine', 'warm', 'take', 'Loss', 'distributed', 'gathered', 'random_state', 'resume', 'save_run', 'fit',
-           'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'train', 'alive', 'hashes', 'ship',
-           'is_shipped', 'shipped', 'pretrained', 'learning_curve', 'publish_curves']
+           'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'usable', 'train', 'alive',
+           'hashes', 'ship', 'is_shipped', 'shipped', 'pretrained', 'learning_curve', 'publish_curves']
 
 # %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time
@@ -94,11 +94,9 @@ def load_weights(path, model, settings=None):
 # %% ../nbs/09_training.ipynb #883c878b
 def averages(terms):
     "The terms of one batch as {name: float}: means over the batch; a term per latent becomes one column each, `kl_z0`, `kl_z1`, ..."
-    row = {}
-    for name, t in terms._asdict().items():
-        t = t.detach().float()
-        row |= {f'{name}{i}': v for i, v in enumerate(t.mean(0).tolist())} if t.ndim == 2 else {name: t.mean().item()}
-    return row
+    means = {name: t.detach().float().mean(0 if t.ndim == 2 else None) for name, t in terms._asdict().items()}
+    names = [f'{name}{i}' if m.ndim else name for name, m in means.items() for i in range(m.numel())]
+    return dict(zip(names, torch.cat([m.view(-1) for m in means.values()]).tolist()))                # one wait for the device, not one per term
 
 # %% ../nbs/09_training.ipynb #c13ec4a8
 def mean_row(rows, step):
@@ -250,27 +248,38 @@ def identity(preset, seed):
     return json.dumps(preset.model_dump(exclude_defaults=True) | {'seed': seed}, sort_keys=True)
 
 # %% ../nbs/09_training.ipynb #4b2ad746
-def record(seconds):
-    "Circumstances of a run that do not determine it, as JSON."
-    return json.dumps({'seconds': round(seconds), 'torch': torch.__version__, 'machine': platform.processor() or platform.machine(),
+def record(seconds, device='cpu'):
+    "Circumstances of a run that took `seconds` on `device`, as JSON."
+    processor = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else platform.processor() or platform.machine()
+    return json.dumps({'seconds': round(seconds), 'torch': torch.__version__, 'machine': processor,
                        'system': platform.platform(), 'commit': commit()}, indent=1)
 
+# %% ../nbs/09_training.ipynb #d0e1c2a4
+def usable(device):
+    "The name of a torch device, if tensors can be made there; raises `TrainingError` if not."
+    try: torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as e:
+        raise TrainingError(f'No device {device!r} here ({str(e).splitlines()[0]}): leave it out to train on the CPU.') from None
+    return device
+
 # %% ../nbs/09_training.ipynb #09826752
-def train(preset, folder, seed=0, data=None, progress=True, every=1000):
-    """The `VAE` of a `ModelPreset` with `seed`, trained on one thread, or loaded if `folder` holds it finished; goes on where a killed
-    run was. Leaves weights.safetensors, curves.csv and run.json in `folder`. `data`: images, else the preset's training set."""
-    model, settings, path, began = build(preset, seed=seed), identity(preset, seed), Path(folder)/'weights.safetensors', time.time()
-    if path.exists(): return load_weights(path, model, settings).eval()
+def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='cpu'):
+    """The `VAE` of a `ModelPreset` with `seed`, trained on one thread or on another torch `device`, or loaded if `folder` holds it finished; goes on
+    where a killed run was. Leaves weights.safetensors, curves.csv and run.json in `folder`. `data`: images, else the preset's training set. Returned on the CPU.
+    Raises `TrainingError` if this machine has no such device, and what `load_weights` and `fit` raise."""
+    model, settings, path, began = build(preset, seed=seed).to(usable(device)), identity(preset, seed), Path(folder)/'weights.safetensors', time.time()
+    if path.exists(): return load_weights(path, model, settings).cpu().eval()
     x = load(preset.data, size=preset.size).x if data is None else data
+    if isinstance(x, torch.Tensor): x = x.to(device)
     keep_memory()
     with one_thread():
         curves = fit(model, objective(preset), x, preset.steps, preset.batch, partial(Adam, lr=preset.lr, weight_decay=preset.weight_decay, fused=True),
                      SCHEDULES[preset.schedule], seed, getattr(torch, preset.precision), folder, settings, every, desc=Path(folder).name, progress=progress)
     write(Path(folder)/'curves.csv', curves.to_csv(index=False))
-    write(Path(folder)/'run.json', record(time.time() - began))
+    write(Path(folder)/'run.json', record(time.time() - began, device))
     save_weights(path, model, settings)
     (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
-    return model.eval()
+    return model.cpu().eval()
 
 # %% ../nbs/09_training.ipynb #402d9542
 def alive(net, x):

@@ -5,8 +5,8 @@ r"""A weight has a unit: at a fixed $\lambda$ an attack moves only where $\lVert
 # %% auto #0
 __all__ = ['short_hash', 'cells', 'compute', 'per_source', 'with_worst', 'tidy', 'circumstances', 'inherited', 'publish',
            'results', 'slopes', 'by_seed', 'bands', 'compare', 'gaps', 'varied', 'folder_of', 'steepness', 'likeness',
-           'fallen', 'respond', 'agreement_of', 'dosed', 'publish_doses', 'partial_rank', 'association', 'measured',
-           'publish_quantities']
+           'fallen', 'respond', 'agreement_of', 'dosed', 'beside', 'publish_doses', 'partial_rank', 'association',
+           'measured', 'publish_quantities']
 
 # %% ../nbs/16_verdict.ipynb #bce4b6c2
 import json
@@ -221,11 +221,22 @@ def dosed(names, row_of, runs):
         out.append(rows.assign(dose=name, key=key, value=float(value), udr=agreement_of(same, runs)))
     return pd.concat(out, ignore_index=True).set_index(['dose', 'key', 'value', 'seed']).sort_index().reset_index()
 
+# %% ../nbs/16_verdict.ipynb #d0e1c2c2
+def beside(new, path, now):
+    "The `dosed` table `new` with those settings of the published one at `path` of which it has fewer seeds or none, if their preset is still that in `now` {dose: preset}."
+    if not path.exists(): return new
+    then, old = json.loads(path.read_text().split('\n', 1)[0][2:]), read_table(path)
+    best = dict(list(old[[then.get(d) == now.get(d, 0) for d in old.dose]].groupby(['dose', 'value'])))
+    best |= {k: t for k, t in new.groupby(['dose', 'value']) if len(t) >= len(best.get(k, ()))}
+    return pd.concat([best[k] for k in sorted(best)], ignore_index=True)
+
 # %% ../nbs/16_verdict.ipynb #db0b6be4
 def publish_doses(row_of, runs, folder=None):
-    "Write the table `dosed` of all doses in settings.ini that have answers to figures/dose.csv (or to `folder`), with its provenance; the table."
+    """Write the table `dosed` of all doses in settings.ini that have answers to figures/dose.csv (or to `folder`), with its provenance, and with what a
+    table there has `beside` them; the table."""
     names = [s.split('.')[1] for s in read_settings() if s.startswith('dose.') and s != 'dose.plain']
-    return save_csv(dosed(names, row_of, runs).round(4), 'dose', folder, **{n: preset(f'dose.{n}').model_dump() for n in names})
+    now = json.loads(json.dumps({n: preset(f'dose.{n}').model_dump() for n in names}))
+    return save_csv(beside(dosed(names, row_of, runs).round(4), Path(folder or root()/'figures')/'dose.csv', now), 'dose', folder, **now)
 
 # %% ../nbs/16_verdict.ipynb #91739c05
 def partial_rank(a, b, *given):
