@@ -4,10 +4,10 @@ from torch.distributions import Normal
 
 from vae_robust import verdict
 from vae_robust.data import ImageData, load
-from vae_robust.settings import preset, save_csv
+from vae_robust.settings import preset, read_table, save_csv
 from vae_robust.sweep import collected, sweep
 from vae_robust.vae import Posterior
-from vae_robust.verdict import (association, beside, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, partial_rank, publish, respond, results, slopes,
+from vae_robust.verdict import (association, beside, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, partial_rank, publish, publish_doses, respond, results, slopes,
                                 tidy, varied)
 
 
@@ -185,3 +185,12 @@ def test_a_series_computed_again_does_not_cost_the_others_their_rows(tmp_path, n
     t = beside(new, tmp_path/'dose.csv', {'a': {'beta': 1}, 'b': {}} | now)
     assert {k: g.rate.unique().item() for k, g in t.groupby(['dose', 'value'])} == left
     pd.testing.assert_frame_equal(beside(new, tmp_path/'none.csv', {}), new)
+
+
+def test_publishing_one_series_keeps_the_published_others(tmp_path, monkeypatch):
+    save_csv(of('beta', 3, 1.), 'dose', tmp_path, beta=preset('dose.beta').model_dump())
+    monkeypatch.setattr(verdict, 'dosed', lambda names, row_of, runs: of('tc', 3, 2.))
+    publish_doses(None, tmp_path, tmp_path)
+    t = publish_doses(None, tmp_path, tmp_path)                                      # a second time: its own provenance is read back
+    assert t.groupby('dose').rate.unique().explode().to_dict() == {'beta': 1, 'tc': 2}
+    pd.testing.assert_frame_equal(read_table(tmp_path/'dose.csv'), t)
