@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pandas as pd, pytest, torch, torch.distributed as dist
 from torch import nn
+from torch.optim import Adam
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vae_robust import settings, training
 from vae_robust.data import load
 from vae_robust.settings import preset
-from vae_robust.training import (TrainingError, alive, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights,
+from vae_robust.training import (OBJECTIVES, TrainingError, alive, build, cosine, fit, identity, load_weights, minibatches, noted_signals, objective, save_weights, unchecked,
                                  hashes, learning_curve, pretrained, publish_curves, read_weights, ship, shipped, train, warm, WEIGHTS)
 from vae_robust.vae import Terms, elbo, kl
 
@@ -17,6 +20,15 @@ FILES = ('weights.safetensors', 'curves.csv')
 
 def contents(folder):
     return [(Path(folder)/f).read_bytes() for f in FILES]
+
+
+def stopping_at(stop):
+    "`training.advance`, but for a Ctrl-C in one of its steps."
+    honest = training.advance
+    def advance(model, objective, batch, step, *rest):
+        if step == stop: os.kill(os.getpid(), signal.SIGINT)
+        return honest(model, objective, batch, step, *rest)
+    return advance
 
 
 @pytest.fixture(scope='module')
@@ -72,6 +84,52 @@ def test_a_finished_run_is_loaded_not_trained(straight, tmp_path, monkeypatch):
     monkeypatch.setattr(training, 'fit', None)
     again = train(SHORT, tmp_path, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters())) and not again.training
+
+
+class Silence(TorchDispatchMode):
+    "What is done to a device that has no numbers: an error if it is asked for one, or sent one."
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out, there = op(*args, **kwargs or {}), lambda tree, where: any(t.device.type == where for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
+        asked = there(args, 'meta') and any(word in op.name() for word in ('local_scalar', 'is_all_true', 'nonzero', 'masked_select'))
+        sent = 'copy' in op.name() and there(args, 'cpu') and there(out, 'meta')
+        if asked or sent: raise RuntimeError(f'{op.name()} needs the numbers')
+        return out
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_a_step_can_be_recorded_as_a_graph(name, monkeypatch):
+    def tensor(*values, device='cpu', make=torch.tensor, **kw): assert str(device) == 'cpu', 'numbers are sent to the device'; return make(*values, **kw)
+    p = preset('digits.disentangled', objective=name, n_c=0 if name in ('tc', 'factor') else 10)
+    model, x, step = build(p).to('meta'), torch.rand(8, 1, 32, 32, device='meta'), torch.zeros((), device='meta')
+    with unchecked(): objective(p)(model, x, step)                                     # a first time, for what is made once
+    monkeypatch.setattr(torch, 'tensor', tensor)
+    with unchecked(), Silence(): torch.autograd.grad(objective(p)(model, x, step).loss, [*model.parameters()])
+    for asking in (lambda: torch.distributions.Categorical(logits=model.encoder(x)), lambda: step + torch.ones(()).to('meta'), lambda: torch.distributions.Normal(step, 1.)):
+        with pytest.raises((RuntimeError, AssertionError)), Silence(): asking()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a graphics card')
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_on_a_card_a_graph_gives_the_bytes_of_single_kernels(name, monkeypatch):
+    p, x = preset('digits.disentangled', objective=name), load('digits').x.cuda()
+    def trained():
+        model = build(p).cuda()
+        with torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
+            fit(model, objective(p), x, 30, 16, partial(Adam, lr=1e-3, fused=True), progress=False)
+        return torch.cat([w.flatten() for w in model.parameters()])
+    first, again = trained(), trained()
+    monkeypatch.setattr(training, 'captured', lambda model, objective, *_: objective)
+    assert torch.equal(first, again) and torch.equal(first, trained())
+
+
+def test_a_run_that_was_stopped_on_a_card_goes_on_without_one(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'advance', stopping_at(8))
+    monkeypatch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
+    with pytest.raises(KeyboardInterrupt): train(SHORT, tmp_path, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match='CUDA'): torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    train(SHORT, tmp_path, progress=False)
+    assert contents(tmp_path) == straight
 
 
 @pytest.mark.parametrize('device', ['abacus', 'meta'] + ['cuda']*(not torch.cuda.is_available()))

@@ -9,7 +9,7 @@ __all__ = ['joint_vae', 'unsupervised_accuracy', 'purity']
 from math import log
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
-from .beta_vae import ramp
+from .beta_vae import at_most, ramp
 from .vae import Terms, parts
 
 # %% ../nbs/07_joint_vae.ipynb #5903e2c0
@@ -21,7 +21,7 @@ def joint_vae(model, x, step=0, *, gamma, C_z, C_c, C_steps):
     to `C_z` and `C_c` nats over `C_steps` steps. `model.n_c` is K >= 1. Dupont 2018."""
     rec, kl_z, kl_c = parts(model, x)
     off_z = kl_z.sum(-1).mean() - ramp(C_z, step, C_steps)
-    off_c = kl_c.mean() - min(ramp(C_c, step, C_steps), log(model.n_c))
+    off_c = kl_c.mean() - at_most(log(model.n_c), ramp(C_c, step, C_steps))
     return Terms(rec.mean() + gamma*(off_z.abs() + off_c.abs()), rec, kl_z, kl_c)
 
 # %% ../nbs/07_joint_vae.ipynb #51456ef1

@@ -4,10 +4,12 @@ r"""The averaged divergence is a sum of three: $\mathbb E_x D_{\mathrm{KL}}(q_\p
 
 # %% auto #0
 __all__ = ['gaussian_decomposition', 'log_aggregate', 'kl_terms', 'stratified_weights', 'measured_terms', 'parts_with_code',
-           'tc_vae', 'discriminator', 'density_ratio_loss', 'permute_latents', 'with_discriminator', 'factor_vae']
+           'log_stratified_weights', 'tc_vae', 'discriminator', 'density_ratio_loss', 'permute_latents',
+           'with_discriminator', 'factor_vae']
 
 # %% ../nbs/08_total_correlation.ipynb #d75ddca6
 import math
+from functools import lru_cache
 import torch
 from torch import nn
 from torch.distributions import Normal
@@ -70,6 +72,12 @@ def parts_with_code(model, x):
     code = q.rsample()
     return q.z, code[:, :q.z.loc.shape[-1]], -model.log_likelihood(x, code), *kl(q)
 
+# %% ../nbs/08_total_correlation.ipynb #d0e1c2b6
+@lru_cache
+def log_stratified_weights(B, N, device):
+    "Logarithms of the `stratified_weights`, made once for each `device` and kept there."
+    return stratified_weights(B, N).log().to(device)
+
 # %% ../nbs/08_total_correlation.ipynb #b6e4cc93
 def tc_vae(model, x, step=0, *, beta, n_data):
     """The beta-TCVAE objective, minus (8.10), of a batch of B >= 2 different images as `Terms`, in nats.
@@ -77,7 +85,7 @@ def tc_vae(model, x, step=0, *, beta, n_data):
     TC is estimated by minibatch-stratified sampling (8.6) for a data set of `n_data` >= B images, and is biased, (8.8).
     `beta` >= 0; 1 gives the evidence lower bound. `loss` = rec + KL_z + (beta - 1) TC + KL_c. `step` is not used. arXiv:1802.04942."""
     q, z, rec, kl_z, kl_c = parts_with_code(model, x)
-    log_w = stratified_weights(len(x), n_data).to(z).log()
+    log_w = log_stratified_weights(len(x), n_data, z.device)
     tc = kl_terms(z, q, q, log_w)[1]
     return Terms((rec + kl_z.sum(-1) + (beta - 1)*tc + kl_c).mean(), rec, kl_z, kl_c)
 

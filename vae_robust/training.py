@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'WEIGHTS', 'TrainingError', 'minibatches', 'noted_signals', 'save_checkpoint',
            'load_checkpoint', 'save_weights', 'read_weights', 'load_weights', 'averages', 'mean_row', 'advance',
-           'cosine', 'warm', 'take', 'Loss', 'distributed', 'gathered', 'random_state', 'resume', 'save_run', 'fit',
-           'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record', 'usable', 'train', 'alive',
-           'hashes', 'ship', 'is_shipped', 'shipped', 'pretrained', 'learning_curve', 'publish_curves']
+           'cosine', 'warm', 'take', 'Loss', 'distributed', 'gathered', 'unchecked', 'captured', 'random_state',
+           'resume', 'save_run', 'fit', 'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record',
+           'usable', 'train', 'alive', 'hashes', 'ship', 'is_shipped', 'shipped', 'pretrained', 'learning_curve',
+           'publish_curves']
 
 # %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time
@@ -20,6 +21,7 @@ import pandas as pd, torch, torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from tqdm.auto import tqdm
@@ -64,7 +66,7 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path, settings):
     "The state in `path`; None if there is none. Raises `TrainingError` if it is damaged or belongs to other `settings` (a str)."
     if not Path(path).exists(): return None
-    try: state = torch.load(path, weights_only=True)
+    try: state = torch.load(path, weights_only=True, map_location='cpu')
     except Exception: raise TrainingError(f'{path} is damaged: delete it to start this run again.') from None
     if state['settings'] == settings: return state
     raise TrainingError(f'{path} is an unfinished run with other settings ({state["settings"]}): delete it, or use another folder.')
@@ -158,6 +160,25 @@ def gathered(mine):
     if dist.is_initialized(): dist.all_gather_object(everyone, mine)
     return everyone
 
+# %% ../nbs/09_training.ipynb #d0e1c2b1
+@contextmanager
+def unchecked():
+    "Within this context torch's distributions do not look whether their arguments are valid."
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try: yield
+    finally: Distribution.set_default_validate_args(before)
+
+# %% ../nbs/09_training.ipynb #d0e1c2b2
+def captured(model, objective, batch, precision=torch.float32):
+    """`objective` as a CUDA graph, recorded on the float tensor `batch` (B, ...): the same function of (model, batch, step) for batches of this shape, but its
+    kernels, and those of its gradients, start as a whole. It must not ask the device for a value, nor copy to it; noise is fresh each time."""
+    step, kept = torch.zeros((), dtype=torch.float64, device=batch.device), {k: v.clone() for k, v in model.state_dict().items()}
+    with unchecked(), torch.autocast('cuda', precision, enabled=precision != torch.float32, cache_enabled=False):
+        graph = torch.cuda.make_graphed_callables(Loss(model, objective), (batch, step))
+    model.load_state_dict(kept)                                                  # the rehearsals have moved the running means of batch normalisation
+    return lambda _, batch, number: graph(batch, step.fill_(number))
+
 # %% ../nbs/09_training.ipynb #6836caea
 def random_state():
     "The state of torch's random numbers in this process, on all its devices."
@@ -193,11 +214,14 @@ def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4
     KeyboardInterrupt. The caller's random numbers are not touched. Under torch.distributed, `batch` is shared by the processes."""
     with torch.random.fork_rng(), noted_signals() as noted:
         objective, rank, world = distributed(model, objective)
+        device = next(model.parameters()).device
+        n = len(data[0] if isinstance(data, tuple) else data)
+        if device.type == 'cuda' and world == 1: objective = captured(model, objective, take(data, next(minibatches(n, batch, seed)), device), precision)
         torch.manual_seed(seed*world + rank)
         opt, path = optimiser(model.parameters()), folder and Path(folder)/'checkpoint.pt'
-        lr, device = opt.param_groups[0]['lr'], next(model.parameters()).device
+        lr = opt.param_groups[0]['lr']
         start, rows, curves = resume(path, settings, model, opt, rank, world)
-        order = minibatches(len(data[0] if isinstance(data, tuple) else data), batch, seed, start)
+        order = minibatches(n, batch, seed, start)
         bar = tqdm(range(start, steps), desc, steps, initial=start, disable=rank > 0 or not progress, mininterval=1)
         for step, index in zip(bar, order):
             if schedule: opt.param_groups[0]['lr'] = schedule(lr, step, steps)
@@ -272,7 +296,7 @@ def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='
     x = load(preset.data, size=preset.size).x if data is None else data
     if isinstance(x, torch.Tensor): x = x.to(device)
     keep_memory()
-    with one_thread():
+    with one_thread(), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
         curves = fit(model, objective(preset), x, preset.steps, preset.batch, partial(Adam, lr=preset.lr, weight_decay=preset.weight_decay, fused=True),
                      SCHEDULES[preset.schedule], seed, getattr(torch, preset.precision), folder, settings, every, desc=Path(folder).name, progress=progress)
     write(Path(folder)/'curves.csv', curves.to_csv(index=False))

@@ -47,9 +47,9 @@ class Posterior(NamedTuple):
 # %% ../nbs/04_vae.ipynb #bb87c56f
 def kl(q):
     "KL of a `Posterior` to the prior N(0, I) x uniform, in nats: per latent of z, (B, D), and of c, (B,) (zero without c)."
-    kl_z = kl_divergence(q.z, Normal(torch.zeros_like(q.z.loc), 1., validate_args=False))
+    kl_z = kl_divergence(q.z, Normal(torch.zeros_like(q.z.loc), torch.ones_like(q.z.loc), validate_args=False))
     if q.c is None: return kl_z, kl_z.new_zeros(len(kl_z))
-    return kl_z, kl_divergence(q.c, OneHotCategorical(logits=torch.zeros_like(q.c.logits), validate_args=False))
+    return kl_z, (q.c.probs*(q.c.logits + math.log(q.c.logits.shape[-1]))).sum(-1)
 
 # %% ../nbs/04_vae.ipynb #f62494da
 LIKELIHOODS = {                                                          # logits -> distribution of the pixels, same shape
