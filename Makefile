@@ -18,7 +18,7 @@ run: $(READY)
 	$(BIN)/vae-robust reproduce --job $(JOB)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
@@ -33,6 +33,7 @@ site: $(READY)
 bench: .bench/.ready
 	PYTHONPATH=.bench $(BIN)/python tests/bench.py
 	PYTHONPATH=.bench $(BIN)/python tests/bench_attacks.py $(BENCH)
+	$(BIN)/python tests/bench_metrics.py
 
 .bench/.ready: Makefile $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .bench $(PEERS)

@@ -1,6 +1,6 @@
 """Oracles are written from the papers' definitions, with plain counting, quadrature, a regression forest of our own and brute force:
 nothing that the library uses to get its numbers."""
-import itertools, math, time, warnings
+import itertools, math, warnings
 from collections import Counter
 from functools import partial
 
@@ -470,14 +470,3 @@ def test_other_sentences():
 def test_factors_may_be_columns_with_names():
     assert (table(dict(a=OK[:, 0], b=OK[:, 1])) == OK[:, :2]).all() and (table(pd.DataFrame(OK, columns=list('abc'))) == OK).all()
     assert (table(torch.tensor(OK)) == OK).all() and checked(OK, OK)[1].dtype.kind == 'i'
-
-
-# ---------------------------------------------------------------- speed
-@pytest.mark.parametrize('name', METRICS)
-def test_ten_thousand_points_with_ten_latents(name):
-    "20 s for a metric with its error; here without it, as that is ten times half of the data, and a fifth of the time."
-    rng = np.random.default_rng(0)
-    v = np.stack([rng.integers(n, size=10_000) for n in (3, 6, 40, 32, 32)], 1)
-    q, start = Code(rng.normal(size=(10_000, 10)), np.ones((10_000, 10))), time.process_time()
-    METRICS[name](q, v, **once)
-    assert time.process_time() - start < 4
