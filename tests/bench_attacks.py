@@ -16,7 +16,7 @@ from vae_robust.attacks import attack, features, norm, project, verify
 from vae_robust.data import load, pixels
 from vae_robust.robustness import PORTION, attacked, pairs
 from vae_robust.settings import preset, save_table
-from vae_robust.training import keep_memory, pretrained
+from vae_robust.training import forward_dtype, keep_memory, pretrained
 
 BATCHES, REPEATS = (32, 64, 128, 256, 512), 5
 PAIRS, FEW, ALL = 1024, 128, 10**6                                     # FEW: for attacks of 1000 steps, and for all distances; ALL: more than there are
@@ -220,7 +220,7 @@ def limits(full):
 
 def main():
     for name, floatfmt, table in (('bench_attacks', '.2f', compare()), ('bench_limits', '.3f', limits('--full' in sys.argv)), ('bench_reach', '.2f', reached())):
-        save_table(table, name, floatfmt=floatfmt, eps=EPS, pairs=PAIRS, few=FEW, repeats=REPEATS, machine=machine())
+        save_table(table, name, floatfmt=floatfmt, eps=EPS, pairs=PAIRS, few=FEW, repeats=REPEATS, bfloat16_is=str(forward_dtype('bfloat16')), machine=machine())
         print(table.to_markdown(index=False, floatfmt=floatfmt), '\n')
 
 

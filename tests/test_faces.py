@@ -415,7 +415,7 @@ def test_photographs_go_through_the_whole_path(folder, tmp_path):
     d, test = load(name), load(name, 'test')
     assert len(d.x) == 183 and len(test.x) == 21
     assert torch.equal(test.x[1], torch.tensor(photographs[10]).permute(2, 0, 1))
-    p = preset('faces.entangled', 'train.smoke', data=name, steps=60, lr=2e-3, batch=16)
+    p = preset('faces.entangled', 'train.smoke', data=name, steps=60, batch=16, schedule='warm')     # faster, and a layer dies in some precision
     m = train(p, tmp_path/'run', progress=False)
     x = pixels(test.x)
     error = lambda y: .5*norm(x - y).square().mean()

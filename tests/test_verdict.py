@@ -6,8 +6,9 @@ from vae_robust import verdict
 from vae_robust.data import ImageData, load
 from vae_robust.settings import preset, read_table, save_csv
 from vae_robust.sweep import collected, sweep
+from vae_robust.training import pretrained
 from vae_robust.vae import Posterior
-from vae_robust.verdict import (association, beside, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, partial_rank, publish, publish_doses, respond, results, slopes,
+from vae_robust.verdict import (association, beside, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, model_of, partial_rank, publish, publish_doses, respond, results, slopes,
                                 tidy, varied)
 
 
@@ -123,6 +124,15 @@ def test_a_series_trains_its_models_once_and_tells_them_apart(tmp_path, monkeypa
     assert table.udr.between(0, 1).all() and {'as_noise', 'J_noise', 'slope', 'margin', 'error', 'tc'} <= set(table)
     monkeypatch.setattr(verdict, 'train', None)
     with pytest.raises(TypeError): respond(series[0], tmp_path)                        # the model comes from train and nowhere else
+
+
+def test_a_series_takes_shipped_models_whose_settings_are_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, 'train', lambda p, folder, seed, **kw: (folder, seed))
+    cell = varied(preset('dose.slow'))[1]
+    assert all(map(torch.equal, model_of(cell, tmp_path).parameters(), pretrained('mnist/entangled_slow', 1).parameters())) and not model_of(cell, tmp_path).training
+    assert not all(map(torch.equal, model_of(cell, tmp_path).parameters(), pretrained('mnist/entangled_slow', 0).parameters()))
+    for other in varied(preset('dose.slow', beta='2'))[1], varied(preset('dose.slow', train='train.quick'))[1], varied(preset('dose.slow', seeds='5'))[0]:
+        assert model_of(other, tmp_path) == (folder_of(other, tmp_path), other['seed'])
 
 
 def test_likeness_of_a_linear_model():

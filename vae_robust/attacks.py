@@ -30,6 +30,7 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 from .data import pixels
 from .settings import preset as read_preset
+from .training import forward_dtype
 from .traversals import png, stacked, strip
 from .vae import VAE, Posterior, kl
 
@@ -500,7 +501,7 @@ def attack_batch(J, x, preset, noises, eps, lam, tick=lambda n: None):
     with torch.no_grad(): before = J(x)
     if before.shape != (len(x),):
         raise AttackError(f'An objective must give one number per image, ({len(x)},), not {tuple(before.shape)}.')
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=preset.precision == 'bfloat16'):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=forward_dtype(preset.precision, x.device) == torch.bfloat16):
         found = [OPTIMISERS[preset.optimiser](f, s, x, radius, **keys) for f, s in zip(runs, starts(x, preset, noises))]
     xs = best_of(found, loss)
     verify(xs, x, eps, preset.ball)

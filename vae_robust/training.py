@@ -6,9 +6,9 @@
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'WEIGHTS', 'TrainingError', 'minibatches', 'noted_signals', 'save_checkpoint',
            'load_checkpoint', 'save_weights', 'read_weights', 'load_weights', 'averages', 'mean_row', 'advance',
            'cosine', 'warm', 'take', 'Loss', 'distributed', 'gathered', 'unchecked', 'captured', 'random_state',
-           'resume', 'save_run', 'fit', 'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'record',
-           'usable', 'train', 'alive', 'hashes', 'ship', 'is_shipped', 'shipped', 'pretrained', 'learning_curve',
-           'publish_curves']
+           'resume', 'save_run', 'fit', 'objective', 'build', 'one_thread', 'keep_memory', 'identity', 'forward_dtype',
+           'record', 'usable', 'train', 'alive', 'hashes', 'ship', 'is_shipped', 'shipped', 'pretrained',
+           'learning_curve', 'publish_curves']
 
 # %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time
@@ -271,11 +271,18 @@ def identity(preset, seed):
     "What determines a training, as one line of JSON: the values of the preset that differ from their defaults, and the seed."
     return json.dumps(preset.model_dump(exclude_defaults=True) | {'seed': seed}, sort_keys=True)
 
+# %% ../nbs/09_training.ipynb #c0de0f08
+def forward_dtype(precision, device='cpu'):
+    """The torch dtype of a forward pass for a preset's `precision`: float32 or bfloat16, and float32 for both on a processor that has less than AVX-512,
+    which would be several times slower in bfloat16."""
+    emulated = torch.device(device).type == 'cpu' and not torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+    return torch.float32 if emulated else getattr(torch, precision)
+
 # %% ../nbs/09_training.ipynb #4b2ad746
-def record(seconds, device='cpu'):
-    "Circumstances of a run that took `seconds` on `device`, as JSON."
+def record(seconds, dtype, device='cpu'):
+    "Circumstances of a run that took `seconds` on `device` with a forward pass in `dtype`, as JSON."
     processor = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else platform.processor() or platform.machine()
-    return json.dumps({'seconds': round(seconds), 'torch': torch.__version__, 'machine': processor,
+    return json.dumps({'seconds': round(seconds), 'torch': torch.__version__, 'machine': processor, 'precision': str(dtype).removeprefix('torch.'),
                        'system': platform.platform(), 'commit': commit()}, indent=1)
 
 # %% ../nbs/09_training.ipynb #d0e1c2a4
@@ -295,12 +302,13 @@ def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='
     if path.exists(): return load_weights(path, model, settings).cpu().eval()
     x = load(preset.data, size=preset.size).x if data is None else data
     if isinstance(x, torch.Tensor): x = x.to(device)
+    dtype = forward_dtype(preset.precision, device)
     keep_memory()
     with one_thread(), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
         curves = fit(model, objective(preset), x, preset.steps, preset.batch, partial(Adam, lr=preset.lr, weight_decay=preset.weight_decay, fused=True),
-                     SCHEDULES[preset.schedule], seed, getattr(torch, preset.precision), folder, settings, every, desc=Path(folder).name, progress=progress)
+                     SCHEDULES[preset.schedule], seed, dtype, folder, settings, every, desc=Path(folder).name, progress=progress)
     write(Path(folder)/'curves.csv', curves.to_csv(index=False))
-    write(Path(folder)/'run.json', record(time.time() - began, device))
+    write(Path(folder)/'run.json', record(time.time() - began, dtype, device))
     save_weights(path, model, settings)
     (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
     return model.cpu().eval()

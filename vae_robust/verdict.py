@@ -4,9 +4,9 @@ r"""A weight has a unit: at a fixed $\lambda$ an attack moves only where $\lVert
 
 # %% auto #0
 __all__ = ['short_hash', 'cells', 'compute', 'per_source', 'with_worst', 'tidy', 'circumstances', 'inherited', 'publish',
-           'results', 'slopes', 'by_seed', 'bands', 'compare', 'gaps', 'varied', 'folder_of', 'steepness', 'likeness',
-           'fallen', 'respond', 'agreement_of', 'dosed', 'beside', 'publish_doses', 'partial_rank', 'association',
-           'measured', 'publish_quantities']
+           'results', 'slopes', 'by_seed', 'bands', 'compare', 'gaps', 'varied', 'folder_of', 'model_of', 'steepness',
+           'likeness', 'fallen', 'respond', 'agreement_of', 'dosed', 'beside', 'publish_doses', 'partial_rank',
+           'association', 'measured', 'publish_quantities']
 
 # %% ../nbs/16_verdict.ipynb #bce4b6c2
 import json
@@ -21,7 +21,7 @@ from .disentanglement import encode, gaussian_tc, udr
 from .mnist import on_all_cores, over_seeds, portrait
 from .robustness import auddcs, bootstrap, interval, jacobians, margins, pairs, pretrained_judge, stays_within, tally, together, trial, welch, worst
 from .settings import AttackPreset, ModelPreset, preset, read_settings, read_table, root, save_csv, save_figure
-from .training import hashes, pretrained, train
+from .training import hashes, is_shipped, pretrained, train
 
 # %% ../nbs/16_verdict.ipynb #10386278
 def short_hash(name, seed=0):
@@ -163,6 +163,13 @@ def folder_of(cell, runs):
     "Where the training of a cell of a `DosePreset` lies in the folder `runs`, or will."
     return Path(runs)/'dose'/''.join([cell['model'], *(f'-{k}={v}' for k, v in cell['set'].items())])/f'seed{cell["seed"]}'
 
+# %% ../nbs/16_verdict.ipynb #c0de0f01
+def model_of(cell, runs):
+    "The model of a cell of a `DosePreset`, in eval mode: the shipped one if its settings are those of the cell, else the one in `runs`, trained there if need be."
+    p, name, seed = ModelPreset(**cell['values']), cell['model'], cell['seed']
+    if is_shipped(name, seed) and p == preset(name): return pretrained(name.replace('.', '/'), seed)
+    return train(p, folder_of(cell, runs), seed, progress=False)
+
 # %% ../nbs/16_verdict.ipynb #6dfd7a96
 def steepness(model, x):
     """Largest singular values, medians over images x: of the Jacobian of the means (`slope`), the same in units of the posterior's deviations (`slope_sd`),
@@ -191,8 +198,8 @@ def fallen(rows, judge):
 
 # %% ../nbs/16_verdict.ipynb #be99d99a
 def respond(cell, runs):
-    "One row: what a cell of a `DosePreset` is like, and for each attack its rate, `as_NAME`, and the attacker's own objective, `J_NAME`. Trains in `runs`, if need be."
-    model = train(ModelPreset(**cell['values']), folder_of(cell, runs), cell['seed'], progress=False)
+    "One row: what a cell of a `DosePreset` is like, and for each attack its rate, `as_NAME`, and the attacker's own objective, `J_NAME`."
+    model = model_of(cell, runs)
     (name, _), = cell['judge'].items()
     judge, test = pretrained_judge(name.replace('.', '/')), load(cell['values']['data'], 'test')
     row = portrait(model, judge, test, n=10, K=10) | likeness(model, test)
@@ -204,7 +211,7 @@ def respond(cell, runs):
 # %% ../nbs/16_verdict.ipynb #41c07ee0
 def agreement_of(cells, runs, n=2000):
     "UDR (10.14) of the trained models of `cells`, which should differ in seed alone, on the first `n` test images: an array."
-    models = [train(ModelPreset(**c['values']), folder_of(c, runs), c['seed'], progress=False) for c in cells]
+    models = [model_of(c, runs) for c in cells]
     x = pixels(load(cells[0]['values']['data'], 'test').x[:n])
     return udr([encode(lambda b: m.posterior(b).z, x) for m in models], halves=0).value if len(models) > 1 else np.full(len(models), np.nan)
 
@@ -249,10 +256,10 @@ def partial_rank(a, b, *given):
 # %% ../nbs/16_verdict.ipynb #b4e6879e
 def association(table, a, b, given=(), n=1000, seed=0):
     "`partial_rank` of the columns a and b of a `dosed` table given others, and its 95 % interval from `n` bootstrap draws of settings, with all their seeds."
-    groups, rng = [g for _, g in table.groupby(['dose', 'value'])], np.random.default_rng(seed)
-    rho = lambda t: partial_rank(t[a], t[b], *(t[g] for g in given))
-    draws = [rho(pd.concat([groups[i] for i in rng.integers(len(groups), size=len(groups))])) for _ in range(n)]
-    return rho(table), *interval(np.array(draws))
+    columns, rows, rng = table[[a, b, *given]].values, table.groupby(['dose', 'value']).indices, np.random.default_rng(seed)
+    settings, rho = [rows[k] for k in sorted(rows)], lambda chosen: partial_rank(*columns[chosen].T)
+    draws = [rho(np.concatenate([settings[i] for i in rng.integers(len(settings), size=len(settings))])) for _ in range(n)]
+    return rho(slice(None)), *interval(np.array(draws))
 
 # %% ../nbs/16_verdict.ipynb #c7341828
 def measured(name, seed, pairs=1, radii=(.025, .05, .1, .2, .3)):
