@@ -295,7 +295,7 @@ def usable(device):
 
 # %% ../nbs/09_training.ipynb #09826752
 def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='cpu'):
-    """The `VAE` of a `ModelPreset` with `seed`, trained on one thread or on another torch `device`, or loaded if `folder` holds it finished; goes on
+    """The `VAE` of a `ModelPreset` with `seed`, trained on one thread or on another torch `device`, in `forward_dtype`, or loaded if `folder` holds it finished; goes on
     where a killed run was. Leaves weights.safetensors, curves.csv and run.json in `folder`. `data`: images, else the preset's training set. Returned on the CPU.
     Raises `TrainingError` if this machine has no such device, and what `load_weights` and `fit` raise."""
     model, settings, path, began = build(preset, seed=seed).to(usable(device)), identity(preset, seed), Path(folder)/'weights.safetensors', time.time()
