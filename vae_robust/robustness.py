@@ -9,8 +9,8 @@ __all__ = ['NETWORKS', 'PORTION', 'lenet', 'wide', 'normed', 'strided', 'Residua
            'exchange_rates', 'evaluate', 'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval',
            'welch', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum',
            'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic', 'without_slope',
-           'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better', 'diagnose',
-           'cell']
+           'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better',
+           'hidden_by_code', 'knowing', 'diagnose', 'cell']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
 import json, math
@@ -22,9 +22,9 @@ from scipy.stats import binomtest, norm as gaussian, ttest_ind
 from torch import nn, Tensor
 from torch.func import jacrev, vmap
 from torch.optim import SGD, Adam
-from .attacks import BALLS, attack, features, norm, objective_of
+from .attacks import BALLS, attack, features, has_code, norm, objective_of
 from .data import load, pixels
-from .settings import preset, read_table, write
+from .settings import preset, preset as preset_of, read_table, write
 from .training import WEIGHTS, cosine, fit, identity, keep_memory, load_weights, one_thread, save_weights, shipped
 
 # %% ../nbs/13_robustness.ipynb #1521711a
@@ -406,6 +406,7 @@ def not_converged(rate, doubled, by=.5):
 # %% ../nbs/13_robustness.ipynb #643bc54a
 def not_monotone(radii, rates, by=1.):
     "A larger ball contains the smaller one, so a lower rate (by more than `by` points) means that the attack got worse."
+    if len(rates) < 2: return ''
     fall, at = max((a - b, i) for i, (a, b) in enumerate(zip(rates, rates[1:])))
     return f'The rate falls by {fall:.1f} points from eps {radii[at]:g} to {radii[at + 1]:g}: the step size or the number of steps does not fit.' if fall > by else ''
 
@@ -419,6 +420,18 @@ def blind_is_better(rate, blind, by=1.):
     "Random search that beats the gradient by more than `by` points says that the gradient misleads."
     return f'The square attack reaches {blind:.1f} %, with gradients it is {rate:.1f} %: the gradients are masked.' if blind - rate > by else ''
 
+# %% ../nbs/13_robustness.ipynb #8ea78dac
+def hidden_by_code(rate, known, carried, by=5.):
+    "An attack that knows the discrete code and beats this one by more than `by` points says that the categorical hides the way."
+    found = f'with codes forced it is {known:.1f} %, images of attack.latent_code reach {carried:.1f} %'
+    return f'The categorical masks the gradient: the attack reaches {rate:.1f} %, {found}.' if max(known, carried) - rate > by else ''
+
+# %% ../nbs/13_robustness.ipynb #d35ccc31
+def knowing(preset, K):
+    "An `AttackPreset` with codes forced, each of `K` if it has no target."
+    runs = max(preset.restarts, K if preset.goal == 'away' else 1)
+    return dict(forced=True, soften=1., anneal=False, select='hard', restarts=runs)
+
 # %% ../nbs/13_robustness.ipynb #2435d624
 def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     """What looks wrong with an `AttackPreset` on `model`: a list of sentences, empty if nothing does. `radii`: of the monotonicity check."""
@@ -431,6 +444,10 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found), left_the_ball(run.found.x, run.x, preset)]
     rules += [not_converged(own, rate(steps=2*preset.steps)), not_monotone(radii, [rate(eps=e) for e in radii])]
     rules += [no_better_than_noise(own, rate(steps=0, noise=1.)), blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps))]
+    if has_code(model, run.x):
+        K = model.posterior(run.x[:1]).c.logits.shape[-1]
+        carried = rate(**dict(preset_of('attack.latent_code', eps=preset.eps, pairs=preset.pairs)))
+        rules += [hidden_by_code(own, rate(**knowing(preset, K)), carried)]
     return [r for r in rules if r]
 
 # %% ../nbs/13_robustness.ipynb #413beb99

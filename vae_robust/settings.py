@@ -66,19 +66,24 @@ class JudgePreset(BaseModel, extra='forbid', frozen=True):
 # %% ../nbs/00_settings.ipynb #5ab9978a
 class AttackPreset(BaseModel, extra='forbid', frozen=True):
     """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a norm), `step` as a share of `eps`,
-    `stop` in units of the objective, `soften` a temperature of the logits, `pairs` per class pair."""
-    objective: Literal['latent', 'kl', 'reverse_kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'classifier', 'judge']
+    `stop` in units of the objective, `soften` a temperature of the logits (with `anneal` it falls to 1), `forced` and `select` as in chapter 12,
+    `doubled` starts around 2x instead of x, `pairs` per class pair."""
+    objective: Literal['latent', 'code', 'kl', 'reverse_kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'classifier', 'judge']
     goal: Literal['target', 'away'] = 'target'
     features: Literal['means', 'logits', 'log_probs', 'codes']
     lam: NonNegative
     relative: bool = False
     soften: Positive = 1
+    anneal: bool = False
+    forced: bool = False
+    select: Literal['hard', 'surrogate'] = 'hard'
     ball: Literal['linf', 'l2'] = 'linf'
     eps: Positive
     optimiser: Literal['adam', 'pgd', 'apgd', 'rmsprop', 'lbfgs', 'square']
     step: Positive
     steps: Count
     noise: NonNegative
+    doubled: bool = False
     restarts: AtLeastOne = 1
     best: bool = False
     stop: float | None = None
