@@ -14,7 +14,7 @@ DECIMAL = re.compile(r'(?<![\w.,:/])(\d[\d,]*\.\d+)(?![\w])')
 NUMBER = re.compile(r'(?<![\w.])\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?|(?<![\w.])\.\d+')
 NOT_MEASURED = re.compile(r'''\$\$.*?\$\$                               # displayed equations have constants of their own
     | `[^`]*` | \[[^\]]*\]\([^)]*\) | https?://\S+ | arXiv:\S+
-    | \(\d+\.\d+[a-z]?\) | [Ff]igures?\ \d+\.\d+ (?:\ (?:and|to)\ \d+\.\d+)?        # numbers of equations and figures''', re.S | re.X)
+    | \(\d+\.\d+[a-z]?(?:,[^)]*)?\) | [Ff]igures?\ \d+\.\d+ (?:\ (?:and|to)\ \d+\.\d+)?        # numbers of equations and figures''', re.S | re.X)
 
 
 def load(chapter): return json.loads(next((ROOT/'nbs').glob(f'{chapter}_*.ipynb')).read_text())['cells']
