@@ -3,6 +3,7 @@
 # make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/
 # make site   the notebooks as web pages, to be read without a network: _site/index.html
 # make bench  speed against other packages, on an idle machine: tables in figures/
+# make break  break sixty formulas, one at a time: does the chapter notice?
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
@@ -11,7 +12,7 @@ PEERS = pythae==0.1.2 imageio==2.38.1 cloudpickle==3.1.2 \
 	foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 \
 	torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 cleverhans==4.0.0
 
-.PHONY: run test lab export site bench clean setup
+.PHONY: run test lab export site bench break clean setup
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -34,6 +35,9 @@ bench: .bench/.ready
 	PYTHONPATH=.bench $(BIN)/python tests/bench.py
 	PYTHONPATH=.bench $(BIN)/python tests/bench_attacks.py $(BENCH)
 	$(BIN)/python tests/bench_metrics.py
+
+break: $(READY)
+	$(BIN)/python tests/break_formulas.py $(BREAK)
 
 .bench/.ready: Makefile $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .bench $(PEERS)

@@ -40,6 +40,32 @@ def test_the_categorical_kl_of_a_known_case():
     q = Posterior(Normal(torch.zeros(1, 2), 1.), OneHotCategorical(logits=torch.tensor([[3.] + [0.]*9])))
     assert kl(q)[1].item() == pytest.approx(1.004, abs=5e-4)
 
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
+@pytest.mark.parametrize('seed', range(10))
+def test_kl_of_ordinary_posteriors_is_torch_s_to_the_last_bit_and_so_are_its_gradients(seed, dtype):
+    noise = torch.Generator().manual_seed(seed)
+    start = torch.randn(2, 64, 10, generator=noise, dtype=dtype)*torch.tensor([3., 8.]).view(2, 1, 1)
+    weights = torch.rand(64, 10, generator=noise, dtype=dtype)
+
+    def bits(divergence):
+        mu, lv = start.clone().requires_grad_()
+        q, _ = Normal(mu, (lv/2).exp()), torch.manual_seed(seed)
+        value = divergence(q)
+        return value, *torch.autograd.grad((weights*value).sum() + q.rsample().sin().sum(), (mu, lv))
+    ours, torchs = bits(lambda q: kl(Posterior(q))[0]), bits(lambda q: kl_divergence(q, Normal(torch.zeros_like(q.loc), torch.ones_like(q.loc))))
+    assert start[1].min() > -60 and all(torch.equal(a, b) for a, b in zip(ours, torchs))
+
+
+@pytest.mark.parametrize('lv', (-80., -105., -150.))
+def test_kl_of_a_posterior_whose_variance_is_no_number_of_single_precision(lv):
+    lv = torch.tensor([[lv]], requires_grad=True)
+    kl_z, _ = kl(Posterior(Normal(torch.full((1, 1), 3.), (lv/2).exp())))
+    slope, = torch.autograd.grad(kl_z.sum(), lv)
+    assert kl_z.item() == pytest.approx((9 - 1 - lv.item())/2) and slope.item() == pytest.approx(-.5)
+
+
 def test_kl_agrees_with_monte_carlo(model, digits):
     q = model.posterior(digits)
     z, c = q.z.sample((50_000,)), q.c.sample((50_000,))

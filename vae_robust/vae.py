@@ -47,7 +47,10 @@ class Posterior(NamedTuple):
 # %% ../nbs/04_vae.ipynb #bb87c56f
 def kl(q):
     "KL of a `Posterior` to the prior N(0, I) x uniform, in nats: per latent of z, (B, D), and of c, (B,) (zero without c)."
-    kl_z = kl_divergence(q.z, Normal(torch.zeros_like(q.z.loc), torch.ones_like(q.z.loc), validate_args=False))
+    mu, sharp = q.z.loc, q.z.scale < 1e-15                                       # sigma^2 is about to vanish
+    prior = Normal(torch.zeros_like(mu), torch.ones_like(mu), validate_args=False)
+    kl_z = kl_divergence(Normal(mu, q.z.scale.masked_fill(sharp, 1.), validate_args=False), prior)
+    kl_z = torch.where(sharp, kl_z - .5 - q.z.scale.log(), kl_z)
     if q.c is None: return kl_z, kl_z.new_zeros(len(kl_z))
     return kl_z, (q.c.probs*(q.c.logits + math.log(q.c.logits.shape[-1]))).sum(-1)
 
@@ -80,7 +83,7 @@ def decoder(channels, size, n_in):
 FILTERS = 128, 256, 512, 1024
 
 def normed(layer, n):
-    "A layer with `n` channels of output, batch normalisation (4.16) and a leaky ReLU."
+    "A layer with `n` channels of output, batch normalisation (4.11a) and a leaky ReLU."
     return layer, nn.BatchNorm2d(n), nn.LeakyReLU(.2)
 
 def filters(size):
