@@ -23,7 +23,7 @@ def stump_accuracy(rho): # the largest absolute correlation of a latent with the
     "How often the sign of a latent is that of a factor, (21.1), if the two are jointly normal: in [1/2, 1]."
     return 1 - math.acos(rho)/math.pi
 
-# %% ../nbs/21_disentangling.ipynb #ea4a6078
+# %% ../nbs/21_disentangling.ipynb #6e0f1460
 def bumps(v, # (..., 2): centres, to the right and downwards, in units of half the image's side
           width=.25, # standard deviation in the same units: a number or a tensor (...)
           side=10): # pixels
@@ -32,12 +32,12 @@ def bumps(v, # (..., 2): centres, to the right and downwards, in units of half t
     right, down = (torch.exp(-(g - v[..., i:i + 1])**2/2/w**2) for i in (0, 1))
     return (down[..., :, None]*right[..., None, :]).flatten(-2)
 
-# %% ../nbs/21_disentangling.ipynb #91507f5e
+# %% ../nbs/21_disentangling.ipynb #7a320607
 def least_errors(C): # (..., D, D): covariance of D units, positive definite
     "Mean squared error of the best linear prediction of each unit from the others, (21.3): (..., D)."
     return 1/torch.linalg.inv(C).diagonal(dim1=-2, dim2=-1)
 
-# %% ../nbs/21_disentangling.ipynb #6ace0a42
+# %% ../nbs/21_disentangling.ipynb #61d8e663
 def prediction_errors(z, # (S, N, D): units, in S games, at N events
                       w, b, # (S, D, D), whose diagonal is not used, and (S, 1, D): the linear guesses
                       p): # (N,): probabilities of the events
@@ -45,15 +45,17 @@ def prediction_errors(z, # (S, N, D): units, in S games, at N events
     others = w*(1 - torch.eye(w.shape[-1]))
     return (p[:, None]*(z - z @ others.mT - b)**2).sum(-2)
 
-# %% ../nbs/21_disentangling.ipynb #8b70f214
+# %% ../nbs/21_disentangling.ipynb #336d1e2f
 def play(f, phi, p, steps=1500, lr=.02, faster=20):
-    """Predictability minimization (21.2): parameters after and value V (steps, S) during `steps` moves of both sides by Adam.
+    """Predictability minimization (21.2), `steps` moves of both sides: parameters after, values V (steps, S).
 
-    `f` maps `phi` (S, ...) to units (S, N, D); `p` (N,): probabilities. The opponent's rate is `faster` times `lr`."""
+    `f` maps `phi` (S, ...) to units (S, N, D); `p` (N,): probabilities of the events. Both sides use Adam,
+    the encoder with the rate `lr`, the opponent with `faster` times that."""
     phi = phi.clone().requires_grad_()
     S, _, D = f(phi).shape
     w, b = torch.zeros(S, D, D, requires_grad=True), torch.zeros(S, 1, D, requires_grad=True)
-    adams, values = [torch.optim.Adam([phi], lr, maximize=True), torch.optim.Adam([w, b], lr*faster)], []
+    adams = torch.optim.Adam([phi], lr, maximize=True), torch.optim.Adam([w, b], lr*faster)
+    values = []
     for _ in range(steps):
         V = prediction_errors(f(phi), w, b, p).sum(-1)
         phi.grad, w.grad, b.grad = torch.autograd.grad(V.sum(), [phi, w, b])
@@ -61,18 +63,19 @@ def play(f, phi, p, steps=1500, lr=.02, faster=20):
         values.append(V.detach())
     return phi.detach(), torch.stack(values)
 
-# %% ../nbs/21_disentangling.ipynb #544db811
+# %% ../nbs/21_disentangling.ipynb #7d65160a
 def bit_dependence(code, p): # (N, 2): two bits of each of N events; (N,): probabilities of the events
-    "Mutual information of the two bits and their joint entropy, in nats: two floats. A loss-free code has the entropy of the events."
+    "Mutual information of the two bits, and their joint entropy, in nats: two floats."
     cells = torch.zeros(2, 2, dtype=p.dtype).index_put_(tuple(code.long().T), p, accumulate=True)
     h = lambda q: torch.special.entr(q).sum().item()
     return h(cells.sum(0)) + h(cells.sum(1)) - h(cells), h(cells)
 
-# %% ../nbs/21_disentangling.ipynb #6201845e
+# %% ../nbs/21_disentangling.ipynb #c8fcabfe
 class Clamp(torch.autograd.Function):
-    """(21.4): `Clamp.apply(z, active, pull)` replaces the latents of z (B, D) that are not in `active`, bool (D,), by their mean over the batch.
+    """(21.4): `Clamp.apply(z, active, pull)` for latents z (B, D) is z where `active`, bool (D,).
 
-    Their gradient is replaced by pull (z - mean)/B, whatever the loss says; `pull` is a number >= 0."""
+    The other latents are replaced by their mean over the batch, and their gradient by pull (z - mean)/B,
+    whatever the loss says; `pull` is a number >= 0."""
     @staticmethod
     def forward(ctx, z, active, pull):
         away = z - z.mean(0)
@@ -81,15 +84,15 @@ class Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return torch.where(ctx.active, g, ctx.away), None, None
 
-# %% ../nbs/21_disentangling.ipynb #f2a6ea8d
+# %% ../nbs/21_disentangling.ipynb #62553ae9
 def mlp(*widths):
     "Dense layers with the given numbers of units, and a ReLU between any two."
     layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/21_disentangling.ipynb #67af4f08
+# %% ../nbs/21_disentangling.ipynb #3dfd3ef0
 class Dense(nn.Module):
-    "A VAE for vectors of `n_x` grey values with `n_z` latents, 64 hidden units and Gaussian noise of standard deviation `sigma`."
+    "A VAE for vectors of `n_x` grey values: `n_z` latents, 64 hidden units, noise of deviation `sigma`."
     def __init__(self, n_z, n_x=100, sigma=.1):
         super().__init__()
         self.n_z, self.sigma, self.encoder, self.decoder = n_z, sigma, mlp(n_x, 64, 2*n_z), mlp(n_z, 64, n_x)
@@ -101,110 +104,119 @@ class Dense(nn.Module):
         "log p(x|z) in nats: (B,)."
         return Normal(self.decoder(z), self.sigma, validate_args=False).log_prob(x).sum(-1)
 
-# %% ../nbs/21_disentangling.ipynb #e12b38bd
+# %% ../nbs/21_disentangling.ipynb #cab77c14
 def clamped_elbo(model, x, k, pull=1.):
-    "The negative evidence bound (a scalar, nats per image) of images x (B, ...) that differ in factor `k` only: all latents but `k` are clamped."
+    "Minus the bound, nats per image, of images x (B, n_x) that differ in factor `k`; the rest is clamped."
     q = model.posterior(x)
     z = Clamp.apply(q.z.rsample(), torch.arange(model.n_z) == k, pull)
     return (gaussian_kl(q.z.loc, 2*q.z.scale.log()).sum(-1) - model.log_likelihood(x, z)).mean()
 
-# %% ../nbs/21_disentangling.ipynb #c65b4947
+# %% ../nbs/21_disentangling.ipynb #54c84ae9
 def information(p, # (K,): p(c)
                 channel): # (K, X): p(x|c), rows that sum to 1
     "I(c; x) in nats, a scalar."
     joint = p[:, None]*channel
-    return torch.special.entr(p).sum() + torch.special.entr(joint.sum(0)).sum() - torch.special.entr(joint).sum()
+    H = lambda q: torch.special.entr(q).sum()
+    return H(p) + H(joint.sum(0)) - H(joint)
 
-# %% ../nbs/21_disentangling.ipynb #ec968f4c
+# %% ../nbs/21_disentangling.ipynb #fd14fbec
 def information_bound(p, channel, # as in `information`
                       Q): # (K, X): the guesses Q(c|x), columns that sum to 1
-    "The bound (21.5) on `information`, H(c) + E log Q(c|x), in nats, a scalar; -inf if Q excludes what happens."
+    "The bound (21.5), H(c) + E log Q(c|x), in nats, a scalar; -inf if Q excludes what happens."
     return torch.special.entr(p).sum() + torch.special.xlogy(p[:, None]*channel, Q).sum()
 
-# %% ../nbs/21_disentangling.ipynb #470b9e93
+# %% ../nbs/21_disentangling.ipynb #31e550f5
 class InfoGAN(nn.Module):
-    "Generator, discriminator and the guess Q(c|x), for codes c uniform on (-1, 1)^n_c, `n_eps` numbers of noise and vectors of `n_x` grey values."
+    """Generator, discriminator and the guess Q(c|x), for vectors of `n_x` grey values.
+
+    `n_c` parts of the code c, each uniform on (-1, 1), and `n_eps` numbers of other noise."""
     def __init__(self, n_c=2, n_eps=1, n_x=100):
         super().__init__()
         self.n_c, self.n_eps, leaky = n_c, n_eps, nn.LeakyReLU(.2)
         self.generator = nn.Sequential(mlp(n_c + n_eps, 64, 64, n_x), nn.Sigmoid())
         self.body = nn.Sequential(nn.Linear(n_x, 64), leaky, nn.Linear(64, 64), leaky)
-        self.real, self.mean, self.log_std = nn.Linear(64, 1), nn.Linear(64, n_c), nn.Parameter(torch.zeros(n_c))
+        self.real, self.mean = nn.Linear(64, 1), nn.Linear(64, n_c)
+        self.log_std = nn.Parameter(torch.zeros(n_c))
     def sample(self, n):
         "n random codes (n, n_c) and their images (n, n_x)."
         c = 2*torch.rand(n, self.n_c) - 1
         return c, self.generator(torch.cat([c, torch.randn(n, self.n_eps)], 1))
     def bound(self, c, h):
-        "The bound (21.5) in nats, a scalar, estimated from codes c (B, n_c) and what the body says of their images, h (B, 64)."
-        return Normal(self.mean(h), self.log_std.exp(), validate_args=False).log_prob(c).sum(-1).mean() + self.n_c*math.log(2)
+        "The bound (21.5), nats, a scalar, from codes c (B, n_c) and the body's view of the images, h (B, 64)."
+        Q = Normal(self.mean(h), self.log_std.exp(), validate_args=False)
+        return Q.log_prob(c).sum(-1).mean() + self.n_c*math.log(2)
 
-# %% ../nbs/21_disentangling.ipynb #e65baf13
+# %% ../nbs/21_disentangling.ipynb #22645db4
 def discriminator_loss(gan, x, xf):
-    "Cross-entropy of the discriminator, nats, a scalar: real images x (B, n_x) against generated ones xf (B, n_x)."
+    "The discriminator's cross-entropy, nats, a scalar: real images x (B, n_x), generated ones xf (B, n_x)."
     real, fake = gan.real(gan.body(torch.cat([x, xf.detach()]))).split([len(x), len(xf)])
     return softplus(-real).mean() + softplus(fake).mean()
 
-# %% ../nbs/21_disentangling.ipynb #b02fd792
+# %% ../nbs/21_disentangling.ipynb #05f0afde
 def generator_loss(gan, c, xf, told=True):
-    "-log D - L of (21.6) with lambda = 1, a scalar. If not `told`, Q learns to read the code but the generator does not hear of it."
+    """-log D - L of (21.6), lambda = 1, nats, a scalar, for codes c (B, n_c) and their images xf (B, n_x).
+
+    If not `told`, Q learns to read the code, but the generator does not hear of it."""
     h = gan.body(xf)
     return softplus(-gan.real(h)).mean() - gan.bound(c, h if told else gan.body(xf.detach()).detach())
 
-# %% ../nbs/21_disentangling.ipynb #f1c5c622
+# %% ../nbs/21_disentangling.ipynb #34e7cb44
 def selectivity(dz): # (..., K): change of each of K latents
-    "The share of each latent in the total absolute change, (21.7): (..., K), in [0, 1]; 0 where nothing changes."
+    "The share of each latent in the absolute change, (21.7): (..., K), in [0, 1]; 0 where nothing changes."
     dz = dz.abs()
     return dz/dz.sum(-1, keepdim=True).clamp_min(1e-9)
 
-# %% ../nbs/21_disentangling.ipynb #43fa1c3b
+# %% ../nbs/21_disentangling.ipynb #8b2602b5
 class Controller(nn.Module):
-    "An autoencoder of `n_x` grey values with K latents, and a policy over `n_actions` actions for each latent."
+    "An autoencoder of `n_x` grey values with K latents, and a policy over `n_actions` actions for each."
     def __init__(self, K, n_actions, n_x=100):
         super().__init__()
-        self.f, self.g, self.logits = mlp(n_x, 64, K), mlp(K, 64, n_x), nn.Parameter(torch.zeros(K, n_actions))
+        self.f, self.g = mlp(n_x, 64, K), mlp(K, 64, n_x)
+        self.logits = nn.Parameter(torch.zeros(K, n_actions))
     @property
     def policies(self):
         "The policies: probabilities (K, n_actions)."
         return self.logits.softmax(-1)
 
-# %% ../nbs/21_disentangling.ipynb #308332f7
+# %% ../nbs/21_disentangling.ipynb #ac4a8387
 def controllable_loss(model, x, # the images of all N states: (N, n_x)
-                      arrive, allowed, # the state that each action leads to, and whether it is possible: (N, n_actions)
+                      arrive, allowed, # the state that each action leads to; is it possible?: (N, n_actions)
                       lam=3.):
-    "The objective (21.8), a scalar: squared error per image minus lam times the sum over latents of their policies' selectivity."
+    "The objective (21.8), a scalar: squared error per image minus lam times the sum of selectivities."
     z = model.f(x)
     sel = selectivity(z[arrive] - z[:, None])*allowed[..., None]              # (N, n_actions, K)
     mean = sel.sum(0)/allowed.sum(0)[:, None]
     return ((model.g(z) - x)**2).sum(-1).mean() - lam*(model.policies*mean.T).sum()
 
-# %% ../nbs/21_disentangling.ipynb #864a12ba
+# %% ../nbs/21_disentangling.ipynb #dff13e2d
 def log_reach(logit): # (..., N): the logits of going on, pi_1 to pi_N
     "log q(n >= i), the second half of (21.10), for i = 0 to N: (..., N + 1); the first is 0."
     return torch.cat([torch.zeros_like(logit[..., :1]), logsigmoid(logit).cumsum(-1)], -1)
 
-# %% ../nbs/21_disentangling.ipynb #c4de9274
+# %% ../nbs/21_disentangling.ipynb #adeb643f
 def log_count(logit): # (..., N): the logits of going on, pi_1 to pi_N
     "log q(n) of (21.10), for n = 0 to N: (..., N + 1)."
     stop = torch.cat([logsigmoid(-logit), torch.zeros_like(logit[..., :1])], -1)
     return log_reach(logit) + stop
 
-# %% ../nbs/21_disentangling.ipynb #2c0ce2c0
-def count_kl(logit, rho): # (..., N): the logits of going on; the prior's probability of going on, a float in (0, 1)
+# %% ../nbs/21_disentangling.ipynb #0d6fb81e
+def count_kl(logit, # (..., N): the logits of going on
+             rho): # the prior's probability of going on, a float in (0, 1)
     "KL of the count to its geometric prior, (21.11), in nats: (...)."
     pi, odds = logit.sigmoid(), math.log(rho) - math.log1p(-rho)
     coin = logsigmoid(-logit) - math.log1p(-rho) + pi*(logit - odds)
     return (log_reach(logit)[..., :-1].exp()*coin).sum(-1)
 
-# %% ../nbs/21_disentangling.ipynb #e2f5609d
+# %% ../nbs/21_disentangling.ipynb #40dd1b09
 class Glimpses(NamedTuple):
-    "What inference says of images in N steps: logits of going on (..., N), and of each object's place the posterior and a sample, (..., N, 2)."
+    "In N steps: logits of going on, (..., N), and of places a posterior and a sample, (..., N, 2)."
     logit: torch.Tensor
     where: Normal
     z: torch.Tensor
 
-# %% ../nbs/21_disentangling.ipynb #4b2f8cac
+# %% ../nbs/21_disentangling.ipynb #9946b8b3
 class AIR(nn.Module):
-    "Attend, infer, repeat for scenes of bumps, side x side pixels: a network that looks at what is left of the image, again and again."
+    "Inference for scenes of bumps, side x side pixels: looks at what is left, again and again."
     def __init__(self, side=12):
         super().__init__()
         self.side, self.net = side, mlp(side**2, 128, 128, 5)
@@ -219,18 +231,19 @@ class AIR(nn.Module):
         logit, mu, sigma, z = (torch.stack(t, -1 - (i > 0)) for i, t in enumerate(zip(*steps)))
         return Glimpses(logit, Normal(mu, sigma, validate_args=False), z)
 
-# %% ../nbs/21_disentangling.ipynb #66b89fc2
+# %% ../nbs/21_disentangling.ipynb #1fc56e33
 def log_fit(x, z, sigma, side=12):
-    "log p(x|n, z) in nats with the first n = 0 to N of the places z (..., N, 2) drawn: (..., N + 1); x (..., side*side)."
+    "log p(x|n, z) in nats of x (..., side*side), for n = 0 to N of the places z (..., N, 2): (..., N + 1)."
     drawn = bumps(z, side=side).cumsum(-2)
     drawn = torch.cat([torch.zeros_like(drawn[..., :1, :]), drawn], -2)
     return Normal(drawn, sigma, validate_args=False).log_prob(x[..., None, :]).sum(-1)
 
-# %% ../nbs/21_disentangling.ipynb #5aaf235c
+# %% ../nbs/21_disentangling.ipynb #cf033273
 def air_loss(model, x, N, L=4, sigma=.3, rho=.5, exact=False):
-    """The negative evidence bound of AIR, (21.9) to (21.12), a scalar whose gradient is unbiased, nats per image; x (B, side*side), at most N objects.
+    """Minus the bound of AIR, (21.9) to (21.12), nats per image, a scalar whose gradient is unbiased.
 
-    `L` >= 2 samples for each image. `exact` sums over the counts instead of drawing one."""
+    Images x (B, side*side), at most N objects, `L` >= 2 samples for each; `sigma` and `rho` as in (21.9).
+    `exact` sums over the counts instead of drawing one."""
     seen = model(x.expand(L, *x.shape), N)
     log_q, fit = log_count(seen.logit), log_fit(x, seen.z, sigma, model.side)
     n = Categorical(logits=log_q.detach()).sample()[..., None]
