@@ -322,6 +322,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'vae_robust.disentanglement.sampled_information': ( 'disentanglement.html#sampled_information',
                                                                                                 'vae_robust/disentanglement.py'),
                                             'vae_robust.disentanglement.sap': ('disentanglement.html#sap', 'vae_robust/disentanglement.py'),
+                                            'vae_robust.disentanglement.sensible': ( 'disentanglement.html#sensible',
+                                                                                     'vae_robust/disentanglement.py'),
                                             'vae_robust.disentanglement.sharing': ( 'disentanglement.html#sharing',
                                                                                     'vae_robust/disentanglement.py'),
                                             'vae_robust.disentanglement.skill': ( 'disentanglement.html#skill',
