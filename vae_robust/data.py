@@ -61,7 +61,7 @@ def as_images(x):
     x = x.unsqueeze(1) if x.ndim == 3 else x
     if x.ndim != 4: raise DataError(f'Images have the shape (N, C, H, W), not {tuple(x.shape)}.')
     if x.is_floating_point() or x.dtype == torch.bool: return in_range(x.float())
-    if x.dtype == torch.uint8 or x.dtype.is_signed and (x == x.byte()).all(): return in_range(x.byte())
+    if x.dtype == torch.uint8 or not x.is_complex() and x.dtype.is_signed and (x == x.byte()).all(): return in_range(x.byte())
     raise DataError(f'The images are {str(x.dtype).removeprefix("torch.")}: give grey values in [0, 1], or bytes.')
 
 # %% ../nbs/01_data.ipynb #ae92ac98
