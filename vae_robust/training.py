@@ -40,7 +40,7 @@ class TrainingError(RuntimeError):
 # %% ../nbs/09_training.ipynb #5dfc61d9
 def minibatches(n, batch, seed, start=0):
     """Index tensors of minibatches `start`, `start` + 1, ... of `n` images, without end. Every epoch is a fresh permutation fixed by
-    (seed, epoch); what does not fill a batch at its end is left out. Raises `TrainingError` if `batch` > `n`."""
+    its number, the same one for every seed below 2^32; what does not fill a batch at its end is left out. Raises `TrainingError` if `batch` > `n`."""
     if batch > n: raise TrainingError(f'A batch of {batch} does not fit into {n} images: make it smaller.')
     for step in count(start):
         epoch, i = divmod(step, n//batch)
@@ -454,9 +454,10 @@ def learning_curve(name, seed, runs, every=500):
     frame with name, seed, step, and means over `every` steps of rec, kl_z and kl_c in nats per image; and whether its weights are the shipped bytes."""
     folder = Path(runs)/'train.full'/name/f'seed{seed}'
     train(preset(name), folder, seed)
-    try: t = read_table(checked(folder/'curves.csv'))
-    except (TableError, OSError): raise TrainingError(f'{folder/"curves.csv"} is missing or damaged: delete {folder} and train again.') from None
-    t = pd.DataFrame({'step': -(-t.step//every)*every, 'rec': t.rec, 'kl_z': t.filter(like='kl_z').sum(axis=1), 'kl_c': t.kl_c})
+    try:
+        t = read_table(checked(folder/'curves.csv'))
+        t = pd.DataFrame({'step': -(-t.step//every)*every, 'rec': t.rec, 'kl_z': t.filter(like='kl_z').sum(axis=1), 'kl_c': t.kl_c})
+    except (TableError, OSError, AttributeError): raise TrainingError(f'{folder/"curves.csv"} is missing or damaged: delete {folder} and train again.') from None
     known = hashes().get(f'{name.replace(".", "/")}/seed{seed}.safetensors')
     same = sha256((folder/'weights.safetensors').read_bytes()).hexdigest() == known
     return t.groupby('step', as_index=False).mean().round(3).assign(name=name, seed=seed), same
