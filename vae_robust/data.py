@@ -19,6 +19,7 @@ __all__ = ['FILES', 'MD5', 'SOURCES', 'FACTORS', 'SHAPES', 'SCALES', 'BITS', 'NP
 import fcntl, gzip, hashlib, json, math, os, shutil, subprocess, sys, tarfile, tempfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -498,9 +499,13 @@ def bytes_of(image):
 
 def opened(file, mode='RGB', ground='white'):
     """The picture in `file` (path or open file) as people see it, a PIL image of `mode`, 'RGB' or 'L': turned as its EXIF says, what is transparent on the
-    `ground`, 16 bits as 8. Raises what PIL raises, and ValueError for grey values of another kind and more than `Image.MAX_IMAGE_PIXELS`."""
-    with Image.open(file) as image:
+    `ground`, 16 bits as 8. Raises what PIL raises, also for a PNG with a wrong checksum, and ValueError for grey values of another kind and more than
+    `Image.MAX_IMAGE_PIXELS`."""
+    data = file.read() if hasattr(file, 'read') else Path(file).read_bytes()
+    with Image.open(BytesIO(data)) as image:
         if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'it is too large, {image.width} x {image.height} pixels')
+        image.verify()                                                           # after which PIL wants it opened again
+    with Image.open(BytesIO(data)) as image:
         image = bytes_of(upright(image))
         if image.has_transparency_data:
             image = image.convert('RGBA')
