@@ -77,8 +77,8 @@ def kinds(top):
         'npz': (npz, lambda: load('dsprites').x[:].numpy().tobytes(), True), 'jpg': (top/'own'/'01.jpg', faces, False), 'png': (top/'own'/'02.png', faces, False),
         'cache': (npy, faces, True), 'note of a cache': (npy.with_suffix('.json'), faces, True), 'weights': (top/'done'/'weights.safetensors', done, True), 'record of a run': (top/'done'/'run.json', done, True),
         'shipped weights': (shelf/'digits/entangled/seed0.safetensors', shipped, True), 'sums': (shelf/'SHA256SUMS', shipped, True), 'checkpoint': (kept/'checkpoint.pt', resumed, True),
-        'answer': (sweep.path_of(cell, top), lambda: (a := sweep.answer(cell, top)) is not None and a.to_json(), True), 'clock': (top/'seconds.jsonl', lambda: bool(sweep.plan([cell | {'seed': 4}], top)), False),
-        'table': (top/'t.csv', lambda: read_table(top/'t.csv').to_json(), False), 'origin of a table': (top/'t.csv', lambda: settings.facts_of(top/'t.csv') and '', False), 'settings': (top/'s.ini', lambda: str(every()), False)}
+        'answer': (sweep.path_of(cell, top), lambda: (a := sweep.answer(cell, top)) is not None and repr(a.to_dict('split')), True), 'clock': (top/'seconds.jsonl', lambda: bool(sweep.plan([cell | {'seed': 4}], top)), False),
+        'table': (top/'t.csv', lambda: repr(read_table(top/'t.csv').to_dict('split')), False), 'origin of a table': (top/'t.csv', lambda: settings.facts_of(top/'t.csv') and '', False), 'settings': (top/'s.ini', lambda: str(every()), False)}
 
 
 def outcome(read, want, sealed):

@@ -253,10 +253,12 @@ def provenance(**facts):
 class DiskError(OSError):
     "A file that could not be written; the message says which, why, how many bytes it needs and how many are free."
 
+# %% ../nbs/00_settings.ipynb #d15c0016
 def free(path):
     "Bytes that are free where `path` lies or will lie."
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
 
+# %% ../nbs/00_settings.ipynb #d15c0017
 @contextmanager
 def disk(path, size=0):
     "Within this context, which writes `size` bytes to `path`, an OSError becomes a `DiskError`."
@@ -288,6 +290,7 @@ def settle(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/00_settings.ipynb #d15c0018
 def write(path, data):
     """Write `data` (str or bytes) to `path` through a temporary name, so that the file is whole or absent, and stays so when the power goes; makes folders.
     Raises `DiskError`."""

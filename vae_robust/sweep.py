@@ -22,6 +22,7 @@ from .settings import disk, keep_table, kept_table, line_of, near, sweep_up
 class SweepError(RuntimeError):
     "Cells that could not be computed; the message has their settings and tracebacks. All others are done."
 
+# %% ../nbs/17_sweep.ipynb #d15c170a
 def line(settings):
     "Settings, a dict, as one line of JSON that does not depend on the order of the keys. Raises `SweepError` for what JSON has not."
     try: return line_of(settings)
@@ -67,6 +68,7 @@ def end_with(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/17_sweep.ipynb #d15c170b
 def worker():
     "A process that computes one thing at a time on one thread, and is given up after five idle minutes."
     return ProcessPoolExecutor(1, timeout=300, initializer=end_with, initargs=(os.getpid(),), env={f'{t}_NUM_THREADS': '1' for t in THREADS})
@@ -81,6 +83,7 @@ def handed(compute, cell):
         with suppress(RuntimeError): return (w := idle.pop()).submit(attempt, compute, cell), w       # unless it died meanwhile
     return (w := worker()).submit(attempt, compute, cell), w
 
+# %% ../nbs/17_sweep.ipynb #d15c1707
 def result(future, cell, began):
     "What `attempt` gave for a cell in another process, or the same of a cell whose process died."
     try: return future.result()
@@ -123,6 +126,7 @@ def cluster(compute, cells, gpus=0):
 # %% ../nbs/17_sweep.ipynb #e52dc713
 BACKENDS = {'local': local, 'ray': cluster}
 
+# %% ../nbs/17_sweep.ipynb #d15c1709
 def computed(backend, compute, cells, **options):
     "An iterator over `attempt(compute, cell)` for cells, by the `backend` of that name; raises `SweepError` if there is none."
     if backend not in BACKENDS: raise SweepError(f'There is no backend {backend!r}; {near(backend, BACKENDS)}')
@@ -171,6 +175,7 @@ def clock(settings, seconds, folder):
         f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
         f.write((b'' if f.read() in (b'', b'\n') else b'\n') + entry.encode() + b'\n')
 
+# %% ../nbs/17_sweep.ipynb #d15c1708
 def clocked(folder):
     "What `clock` has noted, a list of dicts; lines that are torn or say something else are passed over."
     entries = []
