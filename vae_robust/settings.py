@@ -106,12 +106,14 @@ def words(text):
     "A comma-separated list as a tuple of words; anything that is not a str is returned as it is."
     return tuple(w.strip() for w in text.split(',')) if isinstance(text, str) else text
 
+# %% ../nbs/00_settings.ipynb #d15c001e
 def different(values):
     "`values` as they are; ValueError if one is named twice, since it would count twice, and make an interval too narrow."
     for v in values:
         if values.count(v) > 1: raise ValueError(f'{v} is named twice')
     return values
 
+# %% ../nbs/00_settings.ipynb #d15c001f
 Counts = Annotated[tuple[Count, ...], BeforeValidator(words), Field(min_length=1)]
 Words, Seeds = (Annotated[tuple[t, ...], BeforeValidator(words), Field(min_length=1), AfterValidator(different)] for t in (str, Seed))
 
@@ -273,10 +275,12 @@ def running(pid):
     with suppress(ProcessLookupError, OverflowError): os.kill(pid, 0); return True
     return False
 
+# %% ../nbs/00_settings.ipynb #d15c0019
 def temporary(path):
     "The name under which this thread of this process on this machine writes what is to be `path`."
     return path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}-{threading.get_native_id()}')
 
+# %% ../nbs/00_settings.ipynb #d15c001a
 def sweep_up(folder):
     "Remove the temporary files in `folder` of processes on this machine that are no more."
     ours = re.compile(rf'\..+\.{re.escape(platform.node())}\.(\d+)-\d+')
@@ -307,6 +311,7 @@ def write(path, data):
 class TableError(ValueError):
     "A table that is damaged; the message says which file, and what to do."
 
+# %% ../nbs/00_settings.ipynb #d15c001b
 def line_of(facts):
     "`facts`, a dict, as one line of JSON that does not depend on the order of its keys; numpy's numbers as numbers. TypeError for what JSON has not."
     def number(v):
@@ -358,6 +363,7 @@ def facts_of(path):
     with suppress(TableError, OSError): return parts_of(path)[0]
     return {}
 
+# %% ../nbs/00_settings.ipynb #d15c001d
 def read_table(path):
     "A table that `save_csv`, `save_table` or `keep_table` wrote, as the data frame that it was. Raises `TableError` if it is damaged."
     _, notes, rows = parts_of(path)
@@ -372,6 +378,7 @@ def keep_table(path, settings, table):
     "Write the answer `table` to a question, the dict `settings`, to the file `path`, with a checksum."
     return write(path, table_text(table, line_of(settings), checksum=True))
 
+# %% ../nbs/00_settings.ipynb #d15c001c
 def kept_table(path, settings):
     "The table in `path` if it answers `settings`; None if it is damaged, answers another question, or is not there."
     with suppress(TableError, FileNotFoundError):

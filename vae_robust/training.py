@@ -63,13 +63,14 @@ def save_checkpoint(path, **state):
     torch.save(state, buffer := io.BytesIO())
     write(path, buffer.getvalue())
 
-# %% ../nbs/09_training.ipynb #03a6365e
+# %% ../nbs/09_training.ipynb #d15c0912
 def sound(path):
     "Whether `path` is a zip archive whose parts have the checksums that it says."
     try:
         with zipfile.ZipFile(path) as z: return z.testzip() is None
     except Exception: return False                                               # what a damaged archive raises is nobody's promise
 
+# %% ../nbs/09_training.ipynb #03a6365e
 def load_checkpoint(path, settings, data=''):
     """The state in `path`; None if there is none. Raises `TrainingError` if it is damaged or belongs to other `settings` (a str) or `data` (their `digest`)."""
     if not Path(path).exists(): return None
@@ -80,11 +81,12 @@ def load_checkpoint(path, settings, data=''):
     if state.get('data', data) == data: return state
     raise TrainingError(f'{path} is an unfinished run on other data: delete it, or use another folder.')
 
-# %% ../nbs/09_training.ipynb #c592ee6c
+# %% ../nbs/09_training.ipynb #d15c0913
 def packed(model, settings):
     "The parameters of `model` and the str `settings` as the bytes of a safetensors file; the same weights give the same bytes."
     return save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, {'settings': settings})
 
+# %% ../nbs/09_training.ipynb #c592ee6c
 def save_weights(path, model, settings):
     "Write the parameters of `model` and the str `settings` to a safetensors file, as `packed`."
     write(path, packed(model, settings))
@@ -135,16 +137,18 @@ def unchecked():
     try: yield
     finally: Distribution.set_default_validate_args(before)
 
-# %% ../nbs/09_training.ipynb #aaef3c23
+# %% ../nbs/09_training.ipynb #d15c0910
 def finite(model):
     "Whether all parameters of a model are finite."
     return all(p.isfinite().all() for p in model.parameters())
 
+# %% ../nbs/09_training.ipynb #d15c0911
 def diverged(what, step, path=None):
     "The `TrainingError` of a training in which `what` happened at `step`; `path`: of a checkpoint, if there should be one."
     kept = f'; {path} keeps the last good checkpoint.' if path and Path(path).exists() else '.'
     return TrainingError(f'{what} at step {step}: training diverged. Try a smaller learning rate{kept}')
 
+# %% ../nbs/09_training.ipynb #aaef3c23
 def advance(model, objective, batch, step, optimiser, precision=torch.float32, path=None):
     """One optimiser step on `batch`, the forward pass in `precision` (float32 or bfloat16); the `averages` of the objective's terms.
     Raises `TrainingError`, before anything is changed, if the loss is not finite."""
@@ -331,12 +335,14 @@ def identity(preset, seed, images=''):
     "What determines a training, as one line of JSON: the values of the preset that differ from their defaults, the seed, and the `digest` of the `images` if they are own ones."
     return json.dumps(preset.model_dump(exclude_defaults=True) | {'seed': seed} | ({'images': images[:16]} if images else {}), sort_keys=True)
 
+# %% ../nbs/09_training.ipynb #d15c0915
 def own_images(preset, data=None):
     "The `digest` of the images that a `ModelPreset` is trained on (`data`, else those of its data set); '' if they are those of a set that its name determines."
     if data is None and preset.data in IMAGES: return ''
     x = load(preset.data, size=preset.size).x if data is None else data
     return '' if is_set(x, preset.data, preset.size) else digest(x)
 
+# %% ../nbs/09_training.ipynb #d15c0916
 def fitting(preset, x):
     "Images x as they are; raises `SettingsError` if a `ModelPreset` is meant for others, in shape, or in number where its objective asks for that."
     want, n = (preset.channels, preset.size, preset.size), len(x)
@@ -408,6 +414,7 @@ def alive(net, x):
 # %% ../nbs/09_training.ipynb #56c07097
 WEIGHTS = Path(inspect.getfile(ModelPreset)).with_name('weights')
 
+# %% ../nbs/09_training.ipynb #d15c0914
 def hashes(of=WEIGHTS):
     "The SHA-256 of each file of shipped weights as {name: hex digits}; lines that say nothing of the kind are passed over."
     sums = Path(of)/'SHA256SUMS'
