@@ -1,11 +1,12 @@
-import gzip, os
+import gzip, http.client, os, tarfile, zipfile, zlib
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from PIL import Image
 
 from vae_robust import data
-from vae_robust.data import FILES, MD5, DataError, idx, load, pixels, raw_folder, read_idx, resize
+from vae_robust.data import FILES, IMAGES, MD5, DataError, as_images, digest, idx, is_set, load, pixels, raw_folder, read_idx, resize
+from vae_robust.settings import DiskError
 
 
 @pytest.fixture
@@ -79,6 +80,82 @@ def test_the_next_source_is_tried(empty, tiny, monkeypatch):
     def down(name, folder): raise OSError('no route to host')
     monkeypatch.setitem(data.SOURCES, 'mnist', (down, source_of({}), source_of(tiny)))
     assert len(load('mnist').x) == 7
+
+
+def broken_pack(name, folder): (folder/'x.tgz').write_bytes(b'<html>'); tarfile.open(folder/'x.tgz')
+def broken_wheel(name, folder): (folder/'x.whl').write_bytes(b'<html>'); zipfile.ZipFile(folder/'x.whl')
+def cut_off(name, folder): raise http.client.IncompleteRead(b'')
+def no_such_member(name, folder): raise KeyError('mnist_train.csv')
+def lines(name, folder): raise ValueError('one\ntwo')
+def bad_stream(name, folder): raise zlib.error('Error -3')
+def half_gzipped(name, folder): [(folder/(f + '.gz')).write_bytes(gzip.compress(b'x'*9999)[:12] + b'\xff'*50) for f in MD5['mnist']]
+BROKEN = broken_pack, broken_wheel, cut_off, no_such_member, lines, bad_stream, half_gzipped
+
+def test_whatever_is_wrong_with_a_source_the_next_one_is_tried(empty, tiny, monkeypatch):
+    for source in BROKEN:
+        monkeypatch.setitem(data.SOURCES, 'mnist', (source, source_of(tiny)))
+        assert len(load('mnist').x) == 7
+        [f.unlink() for f in raw_folder('mnist').iterdir()]
+    monkeypatch.setitem(data.SOURCES, 'mnist', BROKEN)
+    with pytest.raises(DataError) as e: load('mnist')
+    assert all(f'{s.__name__}: ' in str(e.value) for s in BROKEN) and '\n' not in str(e.value)
+
+
+def test_a_genuine_copy_is_found_beside_a_damaged_one(empty, tiny, monkeypatch):
+    def source(name, folder):
+        for d, change in (('a', lambda b: b), ('b', lambda b: b[:-1]), ('c', lambda b: gzip.compress(b)[:-9])):
+            (folder/d).mkdir()
+            for f, b in tiny.items(): (folder/d/f).write_bytes(change(b))
+    monkeypatch.setitem(data.SOURCES, 'mnist', (source,))
+    assert len(load('mnist').x) == 7
+
+
+def test_a_full_disk_is_no_fault_of_the_source(empty, tiny, monkeypatch):
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setitem(data.SOURCES, 'mnist', (source_of(tiny), lambda *_: pytest.fail('asked another source')))
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(DiskError, match='ubyte cannot be written .No space'): load('mnist')
+
+
+@pytest.mark.parametrize('raw', [b'', b'\0', b'\0\0\x08', b'\0\0\x08\x03', b'\0\0\x08\x00', b'\0\0\x0d\x01\0\0\0\1x', idx(np.zeros((2, 3), np.uint8))[:-1], idx(np.zeros((2, 3), np.uint8)) + b'x', b'\0\0\x08\xff' + b'\xff'*99])
+def test_bytes_that_are_no_idx_file(raw):
+    with pytest.raises(DataError, match=f'^{len(raw)} bytes are no idx file'): read_idx(raw)
+
+
+X = torch.randint(2, (6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+
+@pytest.mark.parametrize('x, want', [(X.float(), X.float()), (X.double(), X.float()), (X.half(), X.float()), (X.bool(), X.float()), (X.numpy()*255, (X*255).byte()), (X[:, 0]*255, (X*255).byte()), ((X*255).byte().numpy(), (X*255).byte()),
+                                     (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), (X.tolist(), None), ((X.float()/255), X.float()/255)])
+def test_images_of_other_kinds_are_converted(x, want):
+    if want is None: x, want = (X.float()/2).tolist(), X.float()/2
+    assert torch.equal(as_images(x), want) and as_images(x).dtype == want.dtype
+
+
+@pytest.mark.parametrize('x, words', [(2.*X - 1, 'numbers from -1 to 1'), (X*255., 'numbers from 0 to 255'), ((X - .3)/.1, 'numbers from'), (X.byte(), 'all but black'), (X, 'all but black'), (X*256, 'int64'), (-X, 'int64'), (X/0, 'not finite'), (X*float('nan'), 'not finite'),
+                                      (torch.where(X > 2, X, torch.nan), 'not finite'), (X[0, 0], 'shape'), (X[None], 'shape'), ('faces', 'not a str'), ([1, 'a'], 'not a list'), (None, 'not a NoneType'), (X.to(torch.complex64), 'complex')])
+def test_images_that_could_mean_anything_are_refused(x, words):
+    with pytest.raises(DataError, match=words) as e: as_images(x)
+    assert '\n' not in str(e.value)
+
+
+def test_images_are_known_by_their_bytes():
+    x = (X*255).byte()
+    kinds = [x, x.flip(0), x.float(), x.view(6, 1, 16, 4), x[:5], data.Bits(np.zeros((6, 1, 64, 8), np.uint8)), (x, x), (x, x.flip(0))]
+    assert len({*map(digest, kinds)}) == len(kinds) and digest(x) == digest(x.clone()) == digest(x.transpose(2, 3).contiguous().transpose(2, 3))
+    own = load('digits').x
+    other = own.clone(); other[700, 0, 3, 3] ^= 1
+    assert is_set(own, 'digits', 32) and not any(is_set(x, 'digits', 32) for x in (other, own[:9], own.float()/255)) and not is_set(own, 'faces:somewhere', 32)
+
+
+def test_nothing_is_fetched_to_know_whose_images_they_are(empty, monkeypatch):
+    monkeypatch.setattr(data, 'fetch', lambda name: pytest.fail('fetched'))
+    assert not is_set(torch.zeros(60_000, 1, 1, 1, dtype=torch.uint8), 'mnist', 32)
+
+
+@pytest.mark.parametrize('name', [n for n in IMAGES if n not in ('cartoons', 'dsprites')])
+def test_sets_have_as_many_images_as_said(name):
+    if name in MD5 and not have(name): pytest.skip(f'{name} is not on this machine')
+    assert len(load(name).x) == IMAGES[name]
 
 
 def test_a_damaged_file_of_the_user_is_refused_and_kept(empty, tiny):

@@ -10,6 +10,7 @@ from scipy import integrate, special, stats
 from torch import nn
 from torch.distributions import Normal, OneHotCategorical
 
+from vae_robust import disentanglement
 from vae_robust.disentanglement import (METRICS, Code, DisentanglementError, Score, active_units, agreement, beta_score, checked, class_accuracy, code,
                                         concentration, dci, encode, entropies, evaluate, factor_score, gap, gaussian_tc, importances, metric, mig,
                                         mig_samples, modularity, mutual_information, sampled_information, sap, table, udr)
@@ -238,7 +239,7 @@ def test_sap_by_regression(seed):
 
 @pytest.mark.parametrize('seed', range(3))
 def test_sap_of_nominal_factors_by_trying_all_thresholds(seed):
-    z, v = random_code(seed, n=600, sizes=(2, 5, 3), D=3)
+    z, v = random_code(seed, n=8000, sizes=(2, 5, 3), D=3)
     assert abs(sap(z, v, nominal=[0, 2], **once).value - oracle_sap(z, v, [0, 2])) < .02
 
 
@@ -470,3 +471,56 @@ def test_other_sentences():
 def test_factors_may_be_columns_with_names():
     assert (table(dict(a=OK[:, 0], b=OK[:, 1])) == OK[:, :2]).all() and (table(pd.DataFrame(OK, columns=list('abc'))) == OK).all()
     assert (table(torch.tensor(OK)) == OK).all() and checked(OK, OK)[1].dtype.kind == 'i'
+
+
+# ---------------------------------------------------------------- edges
+def code_of_two():
+    "Codes (600, 3) of two factors and noise, and the factors."
+    rng = np.random.default_rng(0)
+    v = np.stack([rng.integers(0, 5, 600), rng.permutation(np.arange(600) % 3)], 1)
+    return np.c_[v + .1*rng.normal(size=v.shape), rng.normal(size=600)], v
+
+def test_noise_is_scored_at_chance_by_the_thresholds_of_sap():
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(200, 30)), rng.integers(10, size=200)
+    assert abs(disentanglement.threshold_accuracies(z, y, rng).mean() - .1) < .02
+    identity = np.repeat(np.arange(10), 50)
+    assert (disentanglement.threshold_accuracies(identity[:, None].astype(float), identity, rng) == 1).all()
+
+
+def test_the_error_is_the_sample_s_standard_deviation_over_halves():
+    z, v = code_of_two()
+    rng, values = np.random.default_rng(3), []
+    rows = [rng.permutation(600)[:300] for _ in range(4)]
+    for r in rows: values.append(mig(z[r], v[r], halves=0).value)
+    assert mig(z, v, seed=3, halves=4).error == pytest.approx(np.sqrt(sum((x - np.mean(values))**2 for x in values)/3), rel=1e-12)
+
+
+@pytest.mark.parametrize('std, shift', [(1e-40, 0), (1e-320, 0), (.1, 1e8), (1e-6, 5), (1e30, 0)])
+def test_information_from_posteriors_is_a_number_and_knows_no_shift(std, shift):
+    z, v = code_of_two()
+    one, two = (mig_samples(Code(z + s, np.full_like(z, std)), v, halves=0).value for s in (0, shift))
+    assert np.isfinite(one) and abs(one - two) < 1e-4
+
+
+@pytest.mark.parametrize('score, words', [
+    (lambda z, v: udr([z[:1], z[:1]]), '1 images are too few'), (lambda z, v: udr([z[:19], z[:19]]), '19 images'), (lambda z, v: mig({'z': z}, v), 'not a dict'), (lambda z, v: mig('code', v), 'not a str'),
+    (lambda z, v: mig(torch.rand(600, 1, 4, 4), v), 'shape .N, D.'), (lambda z, v: mig(Code(z, z[:, :2]), v), 'deviations'), (lambda z, v: mig_samples(Code(z, -np.ones_like(z)), v), 'negative'),
+    (lambda z, v: dci(z, v, nominal=[7]), 'nominal = .7.: there are 2 factors'), (lambda z, v: sap(z, v, nominal=[-3]), 'nominal'), (lambda z, v: sap(z, v, nominal=['x']), 'nominal'),
+    (lambda z, v: beta_score(z, v, votes=1), 'take more'), (lambda z, v: factor_score(z, v, votes=0), 'votes = 0'), (lambda z, v: mig(z, v, bins=0), 'bins = 0'), (lambda z, v: modularity(z, v, bins=1), 'bins = 1'),
+    (lambda z, v: active_units(z, v, least=float('nan')), 'least = nan'), (lambda z, v: factor_score(z, v, least=float('nan')), 'least = nan'), (lambda z, v: mig_samples(Code(z, z*0 + 1), v, samples=0), 'samples = 0'),
+    (lambda z, v: evaluate(lambda x: x.flatten(1), torch.rand(0, 1, 4, 4), v[:0]), 'no images')])
+def test_what_no_metric_can_do_gets_a_sentence(score, words):
+    with pytest.raises(DisentanglementError, match=words) as e: score(*code_of_two())
+    assert '\n' not in str(e.value)
+
+
+def test_factors_without_order_may_be_counted_from_the_end():
+    z, v = code_of_two()
+    for m in (lambda n: dci(z, v[:, ::-1], nominal=n, halves=0).informativeness.value, lambda n: sap(z, v, nominal=n, halves=0).value): assert m([-1]) == m([1])
+
+
+def test_an_independent_normal_is_a_normal():
+    z, v = code_of_two()
+    q = Normal(torch.tensor(z), .1)
+    assert mig_samples(torch.distributions.Independent(q, 1), v) == mig_samples(q, v)

