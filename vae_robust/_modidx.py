@@ -801,5 +801,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'vae_robust.verdict.slopes': ('verdict.html#slopes', 'vae_robust/verdict.py'),
                                     'vae_robust.verdict.steepness': ('verdict.html#steepness', 'vae_robust/verdict.py'),
                                     'vae_robust.verdict.tidy': ('verdict.html#tidy', 'vae_robust/verdict.py'),
+                                    'vae_robust.verdict.typed': ('verdict.html#typed', 'vae_robust/verdict.py'),
                                     'vae_robust.verdict.varied': ('verdict.html#varied', 'vae_robust/verdict.py'),
                                     'vae_robust.verdict.with_worst': ('verdict.html#with_worst', 'vae_robust/verdict.py')}}}

@@ -39,7 +39,7 @@ images = cache(face_images)
 def face_model(name, length, seed, runs):
     "The `VAE` of preset `name` with the train preset `length` laid over it, trained with `seed` in a folder of `runs`, unless it is there."
     p, folder = preset(name, length), Path(runs)/length/name/f'seed{seed}'
-    x = None if (folder/'weights.safetensors').exists() else face_images(p.data, 'train').x
+    x = face_images(p.data, 'train').x
     return train(p, folder, seed, x, progress=False, every=100)
 
 # %% ../nbs/15_celeba.ipynb #fb01e846
