@@ -294,11 +294,13 @@ def test_objectives_are_what_their_names_say(name, double):
     q, p = model.posterior(x), model.posterior(x_t)
     g = lambda q: model.decode(torch.cat([q.z.mean, q.c.probs], 1))
     scores, y = judges['judge'](g(q)), judges['judge'](x_t).argmax(1)
-    want = {'latent': lambda: (codes(model)(x) - codes(model)(x_t)).norm(dim=1), 'kl': lambda: divergence(q, p), 'reverse_kl': lambda: divergence(p, q),
+    l, k = model.encode(x)[2], model.encode(x_t)[2].argmax(1)
+    ahead = lambda scores, y: torch.stack([torch.cat([s[:i], s[i + 1:]]).max() - s[i] for s, i in zip(scores, y)])
+    want = {'code': lambda: ahead(l, k), 'latent': lambda: (codes(model)(x) - codes(model)(x_t)).norm(dim=1), 'kl': lambda: divergence(q, p), 'reverse_kl': lambda: divergence(p, q),
             'symmetric_kl': lambda: divergence(q, p) + divergence(p, q), 'w2': lambda: wasserstein(q, p), 'output': lambda: (g(q) - g(p)).square().sum((1, 2, 3)),
             'l_vae': lambda: negative_bound(model)(q, x_t),
             'classifier': lambda: nn.functional.cross_entropy(judges['classifier'](codes(model)(x)), judges['classifier'](codes(model)(x_t)).argmax(1), reduction='none'),
-            'judge': lambda: torch.stack([torch.cat([s[:k], s[k + 1:]]).max() - s[k] for s, k in zip(scores, y)])}[name]()
+            'judge': lambda: ahead(scores, y)}[name]()
     torch.testing.assert_close(OBJECTIVES[name](model, x_t, 'codes', judges.get(name))(x), want)
     away = preset('attack.untargeted', objective=name, features='codes')
     torch.testing.assert_close(objective_of(away, model, x_t, None, judges.get(name))(x), -want)                  # away from x_t as the source
@@ -311,7 +313,7 @@ def test_every_objective_of_a_preset_exists_and_lowers_itself(model, digits):
         a = preset(name, steps=min(preset(name).steps, 4), noise=min(preset(name).noise, .01), lam=0, accumulate=False, eps=min(preset(name).eps, .01))
         found = attack(model, digits[:4], digits[4:8], a, judge=judge, progress=False)
         assert (found.after < found.before).all() or a.optimiser == 'adam', name                 # the thesis's returns its last image, good or bad
-        assert found.nans.sum() == 0 and (found.evaluations == a.restarts*(a.steps + 1)).all()
+        assert found.nans.sum() == 0 and (found.evaluations == a.restarts*(1 + a.forced)*(a.steps + 1)).all()
 
 
 def test_any_callable_is_an_encoder(digits):
@@ -498,7 +500,8 @@ def test_restarts_are_never_worse(model, digits):
 def test_best_of_is_per_image_and_nan_never_wins():
     loss = lambda xs: xs.flatten(1).sum(1).sqrt()
     a, b = torch.tensor([[1.], [4.], [-1.]]), torch.tensor([[2.], [3.], [5.]])
-    assert best_of([a, b], loss).flatten().tolist() == [1, 3, 5]
+    best, which = best_of([a, b], loss, torch.tensor([[0, 0, 0], [1, 1, 1]]))
+    assert best.flatten().tolist() == [1, 3, 5] and which.tolist() == [0, 1, 1]
 
 
 def test_a_nan_poisons_nobody():
