@@ -8,7 +8,7 @@ from scipy.optimize import brentq, linprog, minimize
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical, kl_divergence
 
-from vae_robust.attacks import (OBJECTIVES, AttackError, Folded, Softened, Unfolded, Watched, adam, apgd, attack, best_of, bisect, checkpoints, codes, cross_entropy, divergence,
+from vae_robust.attacks import (OBJECTIVES, AttackError, Folded, Plan, Softened, Unfolded, Watched, adam, apgd, attack, attack_batch, bisect, checkpoints, codes, cross_entropy, divergence,
                                 expected, latent, lbfgs, log_probs, logits, margin, means, negative_bound, norm, objective_of, penalised, pgd,
                                 project, project_l2, quick, reconstruction, rmsprop, smallest_norm, smallest_radius, squared, value_and_gradient, verify,
                                 wasserstein)
@@ -497,11 +497,15 @@ def test_restarts_are_never_worse(model, digits):
         assert (thrice.evaluations == 3*once.evaluations).all()
 
 
-def test_best_of_is_per_image_and_nan_never_wins():
-    loss = lambda xs: xs.flatten(1).sum(1).sqrt()
-    a, b = torch.tensor([[1.], [4.], [-1.]]), torch.tensor([[2.], [3.], [5.]])
-    best, which = best_of([a, b], loss, torch.tensor([[0, 0, 0], [1, 1, 1]]))
-    assert best.flatten().tolist() == [1, 3, 5] and which.tolist() == [0, 1, 1]
+def test_the_best_run_is_chosen_per_image_and_nan_never_wins():
+    "Two runs whose surrogates pull to 0 and to 1; the rank is NaN below .45 for the last image, and otherwise wants what each image's `sign` says."
+    x, sign = torch.full((3, 1, 2, 2), .5), torch.tensor([1., -1, 1])
+    total = lambda xs: xs.flatten(1).sum(1)
+    rank = lambda rows: lambda xs: torch.where((rows == 2) & (total(xs) < 1.8), math.nan, sign[rows]*total(xs))
+    runs = [lambda rows: (total, None), lambda rows: (lambda xs: -total(xs), None)]
+    found = attack_batch(Plan(rank, rank, runs), x, preset('attack.signs'), [torch.Generator()]*2, .1, 0)
+    torch.testing.assert_close(found.x.mean((1, 2, 3)), torch.tensor([.4, .6, .6]))
+    torch.testing.assert_close(found.surrogate, torch.tensor([1.6, -2.4, -2.4]))
 
 
 def test_a_nan_poisons_nobody():

@@ -61,7 +61,7 @@ def test_a_forced_code_is_reached_at_the_exact_radius():
     gap = (l[0, a] - l[0, 1 - a]).item()
     for eps, agrees in (((gap + SLACK)/dual*1.01, True), ((gap + SLACK)/dual*.99, False)):
         p = preset('attack.latent_code', eps=float(eps), restarts=1)
-        f = Watched(planned(p, m, x, x_t).runs[0][0])
+        f = Watched(planned(p, m, x, x_t).runs[0](torch.arange(1))[0])
         pgd(f, x, x, float(eps), 40, 1.)
         assert (f.lowest < FIRST).item() == agrees
 
@@ -76,7 +76,8 @@ def test_a_code_that_never_changes_and_one_category_are_no_code(name):
     without = SimpleNamespace(posterior=lambda x: Posterior(m.posterior(x).z), decode=lambda z: m.decode(torch.cat([z, torch.eye(4)[[0]*len(z)]], 1)),
                               encode=lambda x: (*m.encode(x)[:2], x.new_zeros(len(x), 0)))
     x, x_t = torch.rand(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
-    p = preset(f'attack.{name}', restarts=1)
+    p = preset(f'attack.{name}', restarts=1, select='hard')
+    if p.goal == 'away': p = p.model_copy(update={'forced': False})                     # it would force codes that are not there
     one, own, none = (attack(a, x, None if p.goal == 'away' else x_t, p, progress=False) for a in (single, m, without))
     for found in (one, own):
         torch.testing.assert_close(found.after, none.after, rtol=1e-5, atol=1e-5)
@@ -116,7 +117,7 @@ def test_saturated_codes_whose_optimum_is_known_by_enumeration(name):
     for seed in range(5):                                                              # from every start
         found = attack(m, x, None if p.goal == 'away' else x_t, p, seed=seed, progress=False)
         assert (found.after <= exact + 1e-3).all() and m.encode(found.x)[2].argmax(1).eq(1).all()
-    soft = attack(m, x, None if p.goal == 'away' else x_t, p.model_copy(update={'forced': False, 'restarts': 1}), progress=False)
+    soft = attack(m, x, None if p.goal == 'away' else x_t, p.model_copy(update={'forced': False, 'restarts': 1, 'soften': 1, 'anneal': False}), progress=False)
     assert (soft.after > exact + 1).any()                                              # what the softmax hides
 
 
@@ -147,10 +148,9 @@ def test_several_categoricals():
     m = linear(K=3, G=2)
     x, x_t = torch.rand(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(3)).unbind(0)
     assert expected(WithCode(m).posterior(x)).shape == (4, 2 + 6)
-    codes = torch.stack(list(nearby(m.encode(x)[2], 6))).argmax(-1)                    # (6, B, G)
-    own = codes[0]
-    assert torch.equal(own, m.encode(x)[2].argmax(-1)) and torch.equal(codes[5], own)
-    assert ((codes[1:5] != own).sum(-1) == 1).all() and all(len({tuple(c) for c in codes[:5, b].tolist()}) == 5 for b in range(4))
+    own, codes = m.encode(x)[2].argmax(-1), torch.stack(list(nearby(m.encode(x)[2], 5))).argmax(-1)     # (B, G), (5, B, G)
+    assert ((codes != own).sum(-1) == 1).all() and torch.equal(codes[4], codes[0])
+    assert all(len({tuple(c) for c in codes[:4, b].flatten(1).tolist()}) == 4 for b in range(4))
     torch.testing.assert_close(hard(preset('attack.output'), m, x, x_t)(x), squared(m(x), m(x_t)))
     found = attack(m, x, x_t, preset('attack.output_code', eps=.5), progress=False)
     assert (behind(m.encode(found.x)[2], most_likely(m.encode(x_t)[2])) <= 0).float().mean() >= .5 and (found.after < found.before).all()
@@ -158,7 +158,7 @@ def test_several_categoricals():
 
 def test_nearby_codes_come_in_the_order_of_their_logits():
     l = torch.tensor([[3., 1, 2], [0., 5, 4]])
-    assert torch.stack(list(nearby(l, 4))).argmax(-1).T.tolist() == [[0, 2, 1, 0], [1, 2, 0, 1]]
+    assert torch.stack(list(nearby(l, 3))).argmax(-1).T.tolist() == [[2, 1, 2], [2, 0, 2]]
 
 
 def test_every_model_has_the_same_budget(model, digits):
@@ -167,7 +167,32 @@ def test_every_model_has_the_same_budget(model, digits):
     n = [attack(m, digits[:2], None, p, progress=False).evaluations.tolist() for m in (model, plain)]
     assert n == [[2*3*3]*2]*2
     runs = planned(p, model, digits[:2], None).runs
-    assert [rank is None for _, rank in runs] == [True]*3 + [False]*3
+    assert [run(torch.arange(2))[1] is None for run in runs] == [True]*3 + [False]*3
+
+
+def test_who_is_won_is_not_attacked_again(model, digits):
+    "`stop`: images at or below it have no further runs, the others have them all, and nobody's image changes for that."
+    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()
+    with torch.no_grad(): judge[1].weight.mul_(20)
+    p, x = preset('attack.judge_untargeted_code', steps=4, restarts=3, stop=None), digits[:12]
+    one, every = (attack(model, x, None, q, judge=judge, progress=False, trace=True) for q in (p.model_copy(update={'restarts': 1, 'forced': False}), p))
+    value = every.trace.view(12, 6, 5).cummin(2).values[:, :, -1]                      # the surrogate's lowest value in each run
+    stop = every.after.median().item()
+    some = attack(model, x, None, p.model_copy(update={'stop': stop}), judge=judge, progress=False)
+    won = every.after <= stop
+    assert won.any() and (~won).any()
+    assert (some.evaluations[~won] == 30).all() and (some.evaluations[won] < 30).any() and (some.evaluations[won] % 5 == 0).all()
+    torch.testing.assert_close(some.after[~won], every.after[~won]), torch.testing.assert_close(some.x[~won], every.x[~won])
+    assert (some.after[won] <= stop).all()
+
+
+def test_a_changed_code_comes_before_none():
+    "`select = code`: of the saturated model's images one with the other code is kept, even where the source's own code moves the output further."
+    m, x = saturated(), torch.tensor([[.47, .47, .3]]).view(1, 1, 1, 3)
+    m.B[0] = 100.                                                                      # z moves the output much more than the code does
+    p = preset('attack.damage_code', restarts=1)
+    far, other = (attack(m, x, None, p.model_copy(update={'select': s}), progress=False) for s in ('hard', 'code'))
+    assert m.encode(other.x)[2].argmax(1).item() == 1 and other.after >= far.after - 1e-3
 
 
 def test_an_annealed_temperature_ends_at_one():

@@ -130,6 +130,12 @@ def test_published_tables_read_as_before_and_would_be_written_alike(tmp_path, fi
     assert rows == file.read_text().split('\n', 1)[1] and 'types' not in head
 
 
+def test_numbers_in_a_mixed_frame_are_published_as_numbers(tmp_path):
+    "A transposed frame holds objects; its columns of numbers need no note on how to read them."
+    save_csv(pd.DataFrame({'a': ['x', 1.5], 'b': ['y', 2.5]}).T, 't', tmp_path)
+    assert 'types' not in (tmp_path/'t.csv').read_text() and read_table(tmp_path/'t.csv')['1'].dtype == 'float64'
+
+
 def test_an_answer_that_is_not_whole_is_none(tmp_path):
     path, table = tmp_path/'a.csv', pd.DataFrame({'v': range(9), 'w': list('abcdefghi')})
     keep_table(path, {'a': 1}, table)

@@ -82,7 +82,7 @@ class AttackPreset(BaseModel, extra='forbid', frozen=True):
     soften: Positive = 1
     anneal: bool = False
     forced: bool = False
-    select: Literal['hard', 'surrogate'] = 'hard'
+    select: Literal['hard', 'code', 'decoded', 'surrogate'] = 'hard'
     ball: Literal['linf', 'l2'] = 'linf'
     eps: Positive
     optimiser: Literal['adam', 'pgd', 'apgd', 'rmsprop', 'lbfgs', 'square']
@@ -399,7 +399,7 @@ def save_figure(fig, name, folder=None, **facts):
 # %% ../nbs/00_settings.ipynb #81c36fba
 def save_csv(table, name, folder=None, **facts):
     "Write a data frame to `name`.csv in `folder` (figures/), its provenance in the first line after `# `; the data frame."
-    write(Path(folder or root()/'figures')/f'{name}.csv', table_text(table, provenance(**facts)))
+    write(Path(folder or root()/'figures')/f'{name}.csv', table_text(table.infer_objects(), provenance(**facts)))
     return table
 
 # %% ../nbs/00_settings.ipynb #792620c4
