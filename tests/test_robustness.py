@@ -10,11 +10,12 @@ from torch.distributions import Normal
 from vae_robust import robustness
 from vae_robust.data import ImageData, load
 from vae_robust.attacks import logits, means
-from vae_robust.robustness import (against_radius, agreement, auddc, blind_is_better, bootstrap, diagnose, in_training_mode, interval, jacobians, kept, left_the_ball,
-                                   margins, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, tally, together,
+from vae_robust.robustness import (against_radius, agreement, auddc, blind_is_better, bootstrap, diagnose, hidden_by_code, in_training_mode, interval, jacobians, kept, knowing, left_the_ball,
+                                   margins, masked_by_code, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, tally, together,
                                    transfer, welch, without_slope, worst)
-from vae_robust.robustness import NETWORKS, exchange_rates, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
+from vae_robust.robustness import NETWORKS, exchange_rates, pretrained_judge, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
 from vae_robust.settings import preset
+from vae_robust.training import pretrained
 from vae_robust.vae import Posterior
 
 
@@ -344,6 +345,30 @@ def test_diagnose_a_sound_model_and_one_that_masks_its_gradient(model, complaint
     said = diagnose(model.eval(), nn.Identity().eval(), preset('attack.strong', features='means', eps=.1, steps=20, pairs=1), test, radii=(.05, .1))
     assert len(said) >= complaints and (complaints or not said), said
     if complaints: assert 'no usable gradient' in said[0] and any('masked' in s for s in said)
+
+
+def test_a_code_that_hides_the_way_is_named():
+    "Of 100 pairs 50 fall; five points more are not enough, six are, unless as many others hold, or luck explains them."
+    some = lambda *parts: np.concatenate([np.arange(a, b) for a, b in parts])
+    falls = lambda *parts: np.isin(np.arange(100), some(*parts))
+    missed, none = falls((0, 50)), falls((0, 0))
+    assert hidden_by_code(missed, falls((0, 55)), none) == hidden_by_code(missed, none, falls((0, 55))) == ''
+    for known, carried in ((falls((0, 56)), none), (none, falls((0, 56)))): assert '50.0 %' in hidden_by_code(missed, known, carried)
+    assert hidden_by_code(missed, falls((20, 76)), none) == ''                         # 26 more and 20 less: luck
+    assert hidden_by_code(missed[40:55], falls((0, 55))[40:55], none[:15]) == ''        # 5 of 15
+
+
+def test_the_attacker_who_knows_the_code_keeps_the_rest_of_the_preset():
+    soft = preset('attack.damage_soft')
+    assert knowing(soft, 10) == soft.model_copy(update=dict(forced=True, soften=1., select='code', restarts=9))
+    assert knowing(preset('attack.output_soft'), 10).restarts == 1 and knowing(preset('attack.output_soft'), 10).select == 'hard'
+
+
+def test_the_rule_fires_where_a_code_masks_and_not_without_one():
+    judge, test = pretrained_judge('judge/residual'), load('digits', 'test')
+    soft = preset('attack.damage_soft', pairs=1, steps=5)
+    said = [masked_by_code(pretrained(f'mnist/{m}'), judge, soft, test) for m in ('disentangled', 'entangled')]
+    assert said[0].startswith('The categorical masks the gradient') and said[1] == ''
 
 
 def test_diagnose_stops_at_a_model_in_training_mode(model):

@@ -129,12 +129,15 @@ def play():
     return AttackPlayground({n: pretrained(f'mnist/{n}') for n in ('disentangled', 'entangled')}, {'linear': judge}, DATA)
 
 
-@pytest.mark.parametrize('objective, lam', [('latent', 0), ('latent', 1), ('output', 0), ('judge', 0)])
-def test_playground_finds_what_the_attack_finds(play, objective, lam):
-    play.sliders['steps'].value, play.sliders['lam'].value, play.objective.value = 12, lam, objective
+KNOWS = {False: {}, True: dict(forced=True, features='codes')}
+
+@pytest.mark.parametrize('objective, lam, knows', [('latent', 0, False), ('latent', 1, False), ('judge', 0, False), ('latent', 0, True), ('output', 0, True)])
+def test_playground_finds_what_the_attack_finds(play, objective, lam, knows):
+    play.sliders['steps'].value, play.sliders['lam'].value, play.objective.value, play.knows.value = 12, lam, objective, knows
     play.run.click()
     play.thread.join()
-    p, x, x_t = preset('attack.strong', objective=objective, lam=lam, steps=12), play.x, play.x_t
+    select = ('decoded' if objective == 'latent' else 'hard') if knows else 'surrogate'
+    p, x, x_t = preset('attack.strong', objective=objective, lam=lam, steps=12, select=select, **KNOWS[knows]), play.x, play.x_t
     assert (DATA.y[(pixels(DATA.x) == x).flatten(1).all(1)] == 3).all() and (DATA.y[(pixels(DATA.x) == x_t).flatten(1).all(1)] == 8).all()
     judge = play.judges['linear']
     for (name, model), f, (before, after) in zip(play.models.items(), play.found, play.outcome):
@@ -143,7 +146,7 @@ def test_playground_finds_what_the_attack_finds(play, objective, lam):
         assert lam or (f.best - x).abs().max() > .09
         assert (judge(model(x)).argmax().item(), judge(model(want)).argmax().item()) == (before, after)
         assert f'<b>{name}</b>: the judge saw {before}, now {after}.' in play.note.value
-    assert play.bar.value == play.bar.max == 26
+    assert play.bar.value == play.bar.max == 26*(1 + knows)
 
 
 def test_playground_draws_the_final_state(play):
@@ -158,7 +161,7 @@ def test_playground_draws_the_final_state(play):
 
 
 def test_playground_stops_and_keeps_the_best_so_far(play):
-    play.sliders['steps'].value = 1000
+    play.sliders['steps'].value, play.knows.value = 1000, False
     play.run.click()
     assert play.run.disabled and play.sliders['source'].disabled and not play.stop.disabled
     while not (play.found[0] and len(play.found[0].trace) > 20): time.sleep(.005)

@@ -765,8 +765,8 @@ class AttackPlayground:
 
     `models`: `VAE`s by name; `judges`: classifiers, images to scores (B, K), by name; `data`: an `ImageData`; `base`: the attack of settings.ini whose
     optimiser and features are used; `pair`: source class, target class, and which images of them. `.box` is what to display, `.image` the picture, a
-    PNG; `.sliders`, `.sides`, `.objective`, `.judge`, `.run` and `.stop` are the controls; `.thread` runs the attack; `.outcome`: for each model the
-    class that the judge sees in the reconstruction before and after."""
+    PNG; `.sliders`, `.sides`, `.objective`, `.knows`, `.judge`, `.run` and `.stop` are the controls; `.thread` runs the attack; `.outcome`: for each
+    model the class that the judge sees in the reconstruction before and after."""
     def __init__(self, models, judges, data, base='attack.strong', pair=(3, 8, 2)):
         self.models, self.judges, self.data, self.base, self.found = models, judges, data, base, [None, None]
         style, wide = {'description_width': '7em'}, widgets.Layout(width='24em')
@@ -777,13 +777,14 @@ class AttackPlayground:
                         'lam': real('λ', 1, 0, 4, .05), 'eps': real('ε', .1, .01, .5, .01), 'steps': whole('steps', 40, 1, 1000)}
         self.sides = [choice(f'model {i + 1}', models, i % len(models)) for i in (0, 1)]
         self.objective, self.judge = choice('objective', ('latent', 'kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'judge')), choice('judge', judges)
+        self.knows = widgets.Checkbox(True, description='knows the discrete code', indent=False)
         self.run, self.stop, self.bar = widgets.Button(description='attack', button_style='primary'), widgets.Button(description='stop', disabled=True), widgets.IntProgress()
         self.image, self.note = widgets.Image(format='png', layout=widgets.Layout(max_width='100%')), widgets.HTML()
         self.tasks = [self.sliders[k] for k in ('source', 'target', 'number')] + self.sides + [self.judge]
         for c in self.tasks: c.observe(self.restart, 'value')
         self.run.on_click(self.start), self.stop.on_click(lambda _: setattr(self, 'stopping', True))
         rows = [[*self.tasks[:3]], [*self.sides, self.judge], [self.sliders[k] for k in ('lam', 'eps', 'steps')], [self.objective, self.run, self.stop, self.bar]]
-        columns = widgets.HBox([widgets.VBox(rows[0] + rows[2]), widgets.VBox(rows[1] + [rows[3][0], widgets.HBox(rows[3][1:])])])
+        columns = widgets.HBox([widgets.VBox(rows[0] + rows[2]), widgets.VBox(rows[1] + [rows[3][0], self.knows, widgets.HBox(rows[3][1:])])])
         self.box = widgets.VBox([columns, self.image, self.note])
         self.restart()
 
@@ -797,7 +798,7 @@ class AttackPlayground:
     def start(self, *_):
         "Attack in a thread."
         self.stopping, self.due, self.found = False, 0, [None, None]
-        self.bar.value, self.bar.max = 0, 2*(self.sliders['steps'].value + 1)
+        self.bar.value, self.bar.max = 0, 2*(self.sliders['steps'].value + 1)*(1 + self.knows.value)
         self.busy(True)
         self.thread = Thread(target=self.attack, daemon=True)
         self.thread.start()
@@ -805,27 +806,35 @@ class AttackPlayground:
     def busy(self, on):
         "While an attack runs, its task may not change."
         self.stop.disabled = not on
-        for c in (*self.tasks, self.run): c.disabled = on
+        for c in (*self.tasks, self.knows, self.run): c.disabled = on
 
     def attack(self):
         "One model after the other; both by the same preset."
         try:
-            p = read_preset(self.base, objective=self.objective.value, **{k: self.sliders[k].value for k in ('lam', 'eps', 'steps')})
-            for side in (0, 1): self.search(side, p)
+            keys = {k: self.sliders[k].value for k in ('lam', 'eps', 'steps')} | dict(objective=self.objective.value, forced=self.knows.value)
+            if self.knows.value: keys |= dict(features='codes', select='decoded' if self.objective.value == 'latent' else 'hard')
+            for side in (0, 1): self.search(side, read_preset(self.base, **keys))
         finally:
             self.show()
             self.busy(False)
 
     def search(self, side, p):
-        "Attack one model; `found[side]` watches."
-        J = objective_of(p, self.models[self.sides[side].value], self.x, self.x_t, self.judges[self.judge.value])
-        f = self.found[side] = Watched(penalised(J, self.x, p.lam), lambda n: self.watch(f))
-        start = next(starts(self.x, p, [torch.Generator().manual_seed(0)]))
-        OPTIMISERS[p.optimiser](f, start, self.x, p.eps, p.steps, p.step, ball=p.ball)
+        "Attack one model; `found[side]` watches, and is the best run in the end."
+        plan = planned(p, self.models[self.sides[side].value], self.x, self.x_t, self.judges[self.judge.value])
+        one, done = torch.arange(1), []
+        rank = penalised(plan.rank(one), self.x, p.lam)
+        for run, start in zip(plan.runs, starts(self.x, p, [torch.Generator().manual_seed(i) for i in range(len(plan.runs))])):
+            J, by = (f and penalised(f, self.x, p.lam) for f in run(one))
+            f = self.found[side] = Watched(J, self.watch, rank=by)
+            OPTIMISERS[p.optimiser](f, start, self.x, p.eps, p.steps, p.step, ball=p.ball)
+            done.append(f)
+        self.found[side] = min(done, key=lambda f: value_of(rank, f.best).item())
 
-    def watch(self, f):
-        "After each evaluation: stop, if asked to; draw, but not more than ten times a second."
-        if self.stopping: f.stop = math.inf
+    def watch(self, n):
+        "After `n` evaluations: stop, if asked to; draw, but not more than ten times a second."
+        self.bar.value += n
+        if self.stopping:
+            for f in filter(None, self.found): f.stop = math.inf
         if monotonic() < self.due: return
         self.show()
         self.due = monotonic() + .1
@@ -834,12 +843,12 @@ class AttackPlayground:
         "Draw what was found so far, and say it."
         rows, self.outcome = zip(*(self.row(s.value, f) for s, f in zip(self.sides, self.found)))
         self.image.value = png(stacked(rows))
-        self.bar.value = sum(len(f.trace) for f in self.found if f)
         self.note.value = ' '.join(f'<b>{s.value}</b>: the judge saw {a}, now {b}.' for s, (a, b) in zip(self.sides, self.outcome))
 
     def row(self, name, f):
         "A model's row of pictures, and what the judge sees before and after."
-        model, xs, trace, eps = self.models[name], f.best if f else self.x, f.trace if f else [], self.sliders['eps'].value
+        model, xs, eps = self.models[name], f.best if f else self.x, self.sliders['eps'].value
+        trace = [v for v in f.trace if v < FIRST] if f else []                         # where the code is the one that is wanted
         with torch.no_grad():
             own, seen, goal = model(torch.cat([self.x, xs, self.x_t])).split(1)
             p = self.judges[self.judge.value](torch.cat([own, seen])).softmax(-1)

@@ -9,8 +9,8 @@ __all__ = ['NETWORKS', 'PORTION', 'lenet', 'wide', 'normed', 'strided', 'Residua
            'exchange_rates', 'evaluate', 'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval',
            'welch', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum',
            'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic', 'without_slope',
-           'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better',
-           'hidden_by_code', 'knowing', 'diagnose', 'cell']
+           'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better', 'beats',
+           'hidden_by_code', 'knowing', 'masked_by_code', 'diagnose', 'cell']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
 import json, math
@@ -421,16 +421,35 @@ def blind_is_better(rate, blind, by=1.):
     return f'The square attack reaches {blind:.1f} %, with gradients it is {rate:.1f} %: the gradients are masked.' if blind - rate > by else ''
 
 # %% ../nbs/13_robustness.ipynb #8ea78dac
-def hidden_by_code(rate, known, carried, by=5.):
-    "An attack that knows the discrete code and beats this one by more than `by` points says that the categorical hides the way."
-    found = f'with codes forced it is {known:.1f} %, images of attack.latent_code reach {carried:.1f} %'
-    return f'The categorical masks the gradient: the attack reaches {rate:.1f} %, {found}.' if max(known, carried) - rate > by else ''
+def beats(one, other, by=5.):
+    """Whether attack `one` breaks over `by` points more of the same pairs than the `other`, and more than luck would: McNemar's exact test
+    at 5 %. Booleans (N,)."""
+    more, less = int((one & ~other).sum()), int((other & ~one).sum())
+    return 100*(more - less) > by*len(one) and binomtest(more, more + less).pvalue < .05
+
+def hidden_by_code(missed, known, carried):
+    "An attack that knows the discrete code and `beats` this one says that the categorical hides the way. Booleans (N,), one per pair."
+    if not (beats(known, missed) or beats(carried, missed)): return ''
+    return (f'The categorical masks the gradient: the attack reaches {100*missed.mean():.1f} %, '
+            f'with codes forced it is {100*known.mean():.1f} %, images of attack.latent_code reach {100*carried.mean():.1f} %.')
 
 # %% ../nbs/13_robustness.ipynb #d35ccc31
 def knowing(preset, K):
-    "An `AttackPreset` with codes forced, each of `K` if it has no target."
-    runs = max(preset.restarts, K if preset.goal == 'away' else 1)
-    return dict(forced=True, soften=1., anneal=False, select='hard', restarts=runs)
+    "An `AttackPreset` with codes forced; each of the other `K` - 1 if it has no target."
+    away = preset.goal == 'away'
+    keys = dict(forced=True, soften=1., anneal=False, select='code' if away else 'hard')
+    return preset.model_copy(update=keys | dict(restarts=max(preset.restarts, K - 1 if away else 1)))
+
+def masked_by_code(model, judge, preset, test, seed=0):
+    "What `hidden_by_code` says of an `AttackPreset` on `model`: nothing, if that has no categorical."
+    x = pixels(test.x[:1])
+    if not has_code(model, x): return ''
+    K = model.posterior(x).c.logits.shape[-1]
+    latent = preset_of('attack.latent_code', eps=preset.eps, pairs=preset.pairs)
+    def missed(p):
+        rows = trial(model, {'judge': judge}, p, test, seed, progress=False)
+        return (rows.judge_after != rows.source)[kept(rows, 'judge')].to_numpy()
+    return hidden_by_code(missed(preset), missed(knowing(preset, K)), missed(latent))
 
 # %% ../nbs/13_robustness.ipynb #2435d624
 def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
@@ -444,10 +463,7 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found), left_the_ball(run.found.x, run.x, preset)]
     rules += [not_converged(own, rate(steps=2*preset.steps)), not_monotone(radii, [rate(eps=e) for e in radii])]
     rules += [no_better_than_noise(own, rate(steps=0, noise=1.)), blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps))]
-    if has_code(model, run.x):
-        K = model.posterior(run.x[:1]).c.logits.shape[-1]
-        carried = rate(**dict(preset_of('attack.latent_code', eps=preset.eps, pairs=preset.pairs)))
-        rules += [hidden_by_code(own, rate(**knowing(preset, K)), carried)]
+    rules += [masked_by_code(model, judge, preset, test, seed)]
     return [r for r in rules if r]
 
 # %% ../nbs/13_robustness.ipynb #413beb99
