@@ -1,6 +1,7 @@
 """Attacks against other packages: `make bench` (see README). Each program attacks the encoder of the shipped 'mnist/entangled' on the same
 (source, target) pairs, in a process of its own on one thread; first each program's best batch is sought, then all are timed in turn. Medians
-and ratios go to figures/bench_attacks.csv and .md, what `attack.strong` needs and reaches to figures/bench_limits and bench_reach. `--full`: attack all pairs."""
+and ratios go to figures/bench_attacks.csv and .md, what `attack.strong` needs and reaches to figures/bench_limits and bench_reach. `--full`: attack all pairs. What the
+attackers who know the code cost goes to figures/bench_codes (`--codes`: that alone)."""
 import resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import in_a_process, machine
 from vae_robust.attacks import attack, features, norm, project, verify
 from vae_robust.data import load, pixels
-from vae_robust.robustness import PORTION, attacked, pairs
+from vae_robust.robustness import PORTION, attacked, pairs, pretrained_judge
 from vae_robust.settings import preset, save_table
 from vae_robust.training import forward_dtype, keep_memory, pretrained
 
 BATCHES, REPEATS = (32, 64, 128, 256, 512), 5
+SUITE, CODES = 540, ('latent_code', 'output_code', 'damage_code', 'judge_untargeted_code')
 PAIRS, FEW, ALL = 1024, 128, 10**6                                     # FEW: for attacks of 1000 steps, and for all distances; ALL: more than there are
 STRONG, FAST, THESIS = (preset(f'attack.{name}') for name in ('strong', 'fast', 'thesis'))
 EPS, STEP = STRONG.eps, STRONG.eps/10                                  # the peers' constant step: of eps/4, 6, 8, 10, 13, 16, 20 best or nearly so
@@ -218,12 +220,35 @@ def limits(full):
     return pd.DataFrame(rows.items(), columns=['quantity', 'value'])
 
 
+def cost(model, name, n):
+    "Seconds of the processor that an attack on `n` pairs takes, and the passes per image, in the mean and at most."
+    net, x, x_t = sample(n, f'mnist/{model}')
+    judge, p = pretrained_judge('judge/residual'), preset(f'attack.{name}')
+    start = time.process_time()
+    found = attack(net, x, None if p.goal == 'away' else x_t, p, judge=judge, progress=False)
+    return time.process_time() - start, found.evaluations.double().mean().item(), found.evaluations.max().item()
+
+
+def codes():
+    "What the attackers who know the code cost on `SUITE` pairs of one model, once each, beside the passes of `attack.strong`."
+    rows = [(m, f'attack.{a}', *child('cost', m, a, SUITE)) for m in ('disentangled', 'entangled') for a in CODES]
+    table = pd.DataFrame(rows, columns=['model', 'attack', 'core-seconds', 'passes per image', 'at most'])
+    sums = table.groupby('model')['core-seconds'].sum()
+    whole = pd.DataFrame({'model': sums.index, 'attack': 'all of them', 'core-seconds': sums.values})
+    table = pd.concat([table, whole])
+    return table.assign(**{'at most, of attack.strong': table['at most']/(STRONG.steps + 1)})
+
+
 def main():
-    for name, floatfmt, table in (('bench_attacks', '.2f', compare()), ('bench_limits', '.3f', limits('--full' in sys.argv)), ('bench_reach', '.2f', reached())):
+    tables = {'bench_codes': ('.1f', codes)}
+    if '--codes' not in sys.argv:
+        tables |= {'bench_attacks': ('.2f', compare), 'bench_limits': ('.3f', lambda: limits('--full' in sys.argv)), 'bench_reach': ('.2f', reached)}
+    for name, (floatfmt, make) in tables.items():
+        table = make()
         save_table(table, name, floatfmt=floatfmt, eps=EPS, pairs=PAIRS, few=FEW, repeats=REPEATS, bfloat16_is=str(forward_dtype('bfloat16')), machine=machine())
         print(table.to_markdown(index=False, floatfmt=floatfmt), '\n')
 
 
 if __name__ == '__main__':
-    if sys.argv[1:] in ([], ['--full']): main()
+    if sys.argv[1:] in ([], ['--full'], ['--codes']): main()
     else: print(*globals()[sys.argv[1]](*(int(a) if a.isdigit() else a for a in sys.argv[2:])))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest, torch
 from torch.distributions import Normal, OneHotCategorical
 
-from vae_robust.attacks import (FIRST, SLACK, Softened, Watched, WithCode, annealed, attack, behind, code_first, expected, forced, hard, margin,
+from vae_robust.attacks import (FIRST, SLACK, Softened, Watched, WithCode, annealed, another_code, attack, behind, code_first, expected, forced, hard, margin,
                                 most_likely, nearby, pgd, planned, smallest_radius, squared, starts)
 from vae_robust.settings import preset
 from vae_robust.vae import VAE, Posterior
@@ -186,13 +186,20 @@ def test_who_is_won_is_not_attacked_again(model, digits):
     assert (some.after[won] <= stop).all()
 
 
-def test_a_changed_code_comes_before_none():
-    "`select = code`: of the saturated model's images one with the other code is kept, even where the source's own code moves the output further."
+def test_a_changed_code_counts_half_as_much_again():
+    "`select = code`: of the saturated model's images one with the other code is kept if it is two thirds as far away, and not otherwise."
     m, x = saturated(), torch.tensor([[.47, .47, .3]]).view(1, 1, 1, 3)
-    m.B[0] = 100.                                                                      # z moves the output much more than the code does
-    p = preset('attack.damage_code', restarts=1)
-    far, other = (attack(m, x, None, p.model_copy(update={'select': s}), progress=False) for s in ('hard', 'code'))
-    assert m.encode(other.x)[2].argmax(1).item() == 1 and other.after >= far.after - 1e-3
+    p, changed, same = preset('attack.damage_code'), x + torch.tensor([.1, .1, 0]), x - torch.tensor([.1, .1, 0])
+    assert m.encode(changed)[2].argmax(1).item() == 1 and m.encode(same)[2].argmax(1).item() == 0
+    rank = another_code(p, m, x, None)
+    J = hard(p, m, x, None)
+    torch.testing.assert_close(rank(changed), 1.5*J(changed))
+    torch.testing.assert_close(rank(same), J(same))
+    pair = linear(K=3, G=2)                                                            # of several categoricals any will do
+    a, b = torch.rand(2, 40, 1, 4, 4, generator=torch.Generator().manual_seed(3)).unbind(0)
+    other = (pair.encode(a)[2].argmax(-1) != pair.encode(b)[2].argmax(-1)).sum(1)
+    ratio = another_code(p, pair, a, None)(b)/hard(p, pair, a, None)(b)
+    assert {0, 1, 2} == set(other.tolist()) and torch.equal(ratio > 1.25, other > 0)
 
 
 def test_an_annealed_temperature_ends_at_one():

@@ -271,12 +271,12 @@ def nearby(l, n):
 
 # %% ../nbs/12_attacks.ipynb #aac17afe
 def another_code(preset, model, x, *task):
-    "The objective (12.16) of an `AttackPreset`, `FIRST` higher for images with the code of x. `task`: x_t, judge, make."
+    "The objective (12.16) of an `AttackPreset`, half as much again for images with another code than x. `task`: x_t, judge, make."
     reading, own = WithCode(model), most_likely(model.posterior(x).c.logits)
     J = objective_of(plain(preset), reading, x, *task)
     def rank(xs):
-        value = J(xs).double()                                                        # 1e6 and a small difference
-        return value + FIRST*(most_likely(reading.logits) == own).flatten(1).all(1)
+        value = J(xs)
+        return value*(1 + .5*(most_likely(reading.logits) != own).flatten(1).any(1))
     return rank
 
 # %% ../nbs/12_attacks.ipynb #b8dbaafc
@@ -641,7 +641,7 @@ class Attacked(NamedTuple):
 def attack_batch(plan, x, preset, noises, eps, lam, tick=lambda n: None):
     "`Attacked`: images x by a `Plan`, all at once, one run from each of the `starts`. `eps`, `lam`: numbers, or one per image."
     B, rows, xs = len(x), torch.arange(len(x)), x.clone()
-    value, surrogate = x.new_full((B,), math.inf, dtype=torch.float64), x.new_full((B,), math.nan)
+    value, surrogate = x.new_full((B,), math.inf), x.new_full((B,), math.nan)
     evaluations, nans, zeros, trace = *torch.zeros(3, B, dtype=torch.long), [x.new_zeros(B, 0)]
     hard, at = plan.hard(rows), lambda a: a[rows] if isinstance(a, Tensor) else a
     before = value_of(hard, x)
@@ -651,7 +651,7 @@ def attack_batch(plan, x, preset, noises, eps, lam, tick=lambda n: None):
         if preset.stop is not None: rows = (value > preset.stop).nonzero()[:, 0]
         if not len(rows): break
         found, f = run_once(run(rows), start[rows], x[rows], preset, at(eps), at(lam), tick)
-        new = value_of(penalised(plan.rank(rows), x[rows], at(lam)), found).double()
+        new = value_of(penalised(plan.rank(rows), x[rows], at(lam)), found)
         won = new < value[rows]
         xs[rows[won]], value[rows[won]], surrogate[rows[won]] = found[won], new[won], f.surrogate[won]
         for total, n in zip((evaluations, nans, zeros), (len(f.trace), f.nans, f.zeros)): total[rows] += n
