@@ -760,6 +760,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vae_robust.vae.VAE.forward': ('vae.html#vae.forward', 'vae_robust/vae.py'),
                                 'vae_robust.vae.VAE.log_likelihood': ('vae.html#vae.log_likelihood', 'vae_robust/vae.py'),
                                 'vae_robust.vae.VAE.posterior': ('vae.html#vae.posterior', 'vae_robust/vae.py'),
+                                'vae_robust.vae.check_vae': ('vae.html#check_vae', 'vae_robust/vae.py'),
                                 'vae_robust.vae.decoder': ('vae.html#decoder', 'vae_robust/vae.py'),
                                 'vae_robust.vae.elbo': ('vae.html#elbo', 'vae_robust/vae.py'),
                                 'vae_robust.vae.encoder': ('vae.html#encoder', 'vae_robust/vae.py'),
