@@ -270,6 +270,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vae_robust.data.stats': ('data.html#stats', 'vae_robust/data.py'),
                                  'vae_robust.data.unless': ('data.html#unless', 'vae_robust/data.py'),
                                  'vae_robust.data.unpacked': ('data.html#unpacked', 'vae_robust/data.py'),
+                                 'vae_robust.data.unusable': ('data.html#unusable', 'vae_robust/data.py'),
                                  'vae_robust.data.upright': ('data.html#upright', 'vae_robust/data.py'),
                                  'vae_robust.data.wheel': ('data.html#wheel', 'vae_robust/data.py')},
             'vae_robust.disentanglement': { 'vae_robust.disentanglement.Code': ( 'disentanglement.html#code',
