@@ -1,6 +1,7 @@
 # make run    set up, then the main job: train or load the models, attack them, print the tables, write figures/
 # make test   set up, then every test          make lab     set up, then open the notebooks
 # make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/
+# make lint   export, then look for wide lines, unused names and other slips; `pre-commit install` does it at every commit
 # make site   the notebooks as web pages, to be read without a network: _site/index.html
 # make bench  speed against other packages, on an idle machine: tables in figures/
 # make break  break sixty formulas, one at a time: does the chapter notice?
@@ -12,7 +13,7 @@ PEERS = pythae==0.1.2 imageio==2.38.1 cloudpickle==3.1.2 \
 	foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 \
 	torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 cleverhans==4.0.0
 
-.PHONY: run test lab export site bench break clean setup
+.PHONY: run test lab export lint site bench break clean setup
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -27,6 +28,9 @@ lab: $(READY)
 export: $(READY)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+
+lint: export
+	$(BIN)/ruff check nbs tests
 
 site: $(READY)
 	$(BIN)/vae-robust site

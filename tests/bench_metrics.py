@@ -1,5 +1,7 @@
-"""Seconds that each metric of chapter 10 takes, its error included, for 10,000 points with ten latents and the factor sizes of dSprites: `make bench`
-(see README). Each metric and repeat in a process of its own, on one thread and one pinned core; medians go to figures/bench_metrics.csv and .md."""
+"""Seconds that each metric of chapter 10 takes, its error included,
+for 10,000 points with ten latents and the factor sizes of dSprites: `make bench`
+(see README). Each metric and repeat in a process of its own, on one thread and one pinned core;
+medians go to figures/bench_metrics.csv and .md."""
 import sys, time
 
 import numpy as np, pandas as pd
@@ -21,12 +23,16 @@ def seconds(name):
 
 
 def main():
-    taken = pd.DataFrame([{name: in_a_process(name, script=__file__)[0] for name in METRICS} for _ in range(REPEATS)])
-    table = pd.DataFrame({'metric': taken.columns, 'seconds': taken.median().values, 'lowest': taken.min().values, 'highest': taken.max().values})
+    taken = pd.DataFrame([{name: in_a_process(name, script=__file__)[0] for name in METRICS}
+                          for _ in range(REPEATS)])
+    table = pd.DataFrame({'metric': taken.columns, 'seconds': taken.median().values,
+                          'lowest': taken.min().values, 'highest': taken.max().values})
     save_table(table, 'bench_metrics', points=N, latents=D, repeats=REPEATS, machine=machine())
     print(table.to_markdown(index=False, floatfmt='.2f'))
 
 
 if __name__ == '__main__':
-    if sys.argv[1:]: print(seconds(sys.argv[1]))
-    else: main()
+    if sys.argv[1:]:
+        print(seconds(sys.argv[1]))
+    else:
+        main()

@@ -1,6 +1,8 @@
-"""Every file that the package reads, damaged at random: `python tests/fuzz_files.py [N]` tries N damages (default 2000) and prints a table. A damage is refused in one
-sentence of the package's own, or changes nothing, or is repaired; a file with a checksum is never taken for another one."""
-import collections, contextlib, io, json, os, random, shutil, sys, tempfile
+"""Every file that the package reads, damaged at random: `python tests/fuzz_files.py [N]` tries N
+damages (default 2000) and prints a table.
+A damage is refused in one sentence of the package's own, or changes nothing, or is repaired;
+a file with a checksum is never taken for another one."""
+import collections, contextlib, io, os, random, shutil, sys, tempfile
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -8,43 +10,62 @@ from PIL import Image
 
 from vae_robust import data, settings, sweep, training
 from vae_robust.data import DataError, idx, load, read_idx
-from vae_robust.settings import SettingsError, TableError, preset, read_settings, read_table, save_csv
+from vae_robust.settings import (SettingsError, TableError, preset, read_settings, read_table,
+                                 save_csv)
 from vae_robust.training import TrainingError
 
 OWN = DataError, SettingsError, TableError, TrainingError, sweep.SweepError
 TINY = preset('digits.entangled', steps=4, batch=16)
 
 
-def flip(b, rng): i = rng.randrange(len(b)); return b[:i] + bytes([b[i] ^ 1 << rng.randrange(8)]) + b[i + 1:]
+def flip(b, rng):
+    i = rng.randrange(len(b))
+    return b[:i] + bytes([b[i] ^ 1 << rng.randrange(8)]) + b[i + 1:]
 def cut(b, rng): return b[:rng.randrange(len(b))]
-def zeros(b, rng): i = rng.randrange(len(b)); n = rng.randrange(1, 1 + min(4096, len(b) - i)); return b[:i] + bytes(n) + b[i + n:]
+def zeros(b, rng):
+    i = rng.randrange(len(b))
+    n = rng.randrange(1, 1 + min(4096, len(b) - i))
+    return b[:i] + bytes(n) + b[i + n:]
 def behead(b, rng): return b[rng.randrange(1, len(b)):]
 def longer(b, rng): return b + rng.randbytes(rng.randrange(1, 99))
-def twice(b, rng): i, j = sorted(rng.randrange(len(b) + 1) for _ in range(2)); return b[:j] + b[i:]
+def twice(b, rng):
+    i, j = sorted(rng.randrange(len(b) + 1) for _ in range(2))
+    return b[:j] + b[i:]
 def junk(b, rng): return rng.randbytes(rng.randrange(200))
 DAMAGES = flip, flip, flip, cut, zeros, behead, longer, twice, junk
 
 
-def weights_of(model): return torch.cat([p.flatten() for p in model.parameters()]).detach().numpy().tobytes()
+def weights_of(model):
+    return torch.cat([p.flatten() for p in model.parameters()]).detach().numpy().tobytes()
 
 class Stop(Exception): pass
 
 def begun(folder):
     "A run of TINY that stopped after its first checkpoint."
     honest = training.save_checkpoint
-    def stopping(path, **state): honest(path, **state); raise Stop
+    def stopping(path, **state):
+        honest(path, **state)
+        raise Stop
     training.save_checkpoint = stopping
-    try: training.train(TINY, folder, progress=False, every=2)
-    except Stop: pass
-    finally: training.save_checkpoint = honest
+    try:
+        training.train(TINY, folder, progress=False, every=2)
+    except Stop:
+        pass
+    finally:
+        training.save_checkpoint = honest
 
 def mnist(folder):
     rng = np.random.default_rng(0)
-    for f in data.MD5['mnist']: settings.write(data.raw_folder('mnist')/f, idx(rng.integers(256, size=(7, 28, 28), dtype=np.uint8) if 'images' in f else np.arange(7, dtype=np.uint8)))
-    data.MD5['mnist'] = {f: data.hashlib.md5((data.raw_folder('mnist')/f).read_bytes()).hexdigest() for f in data.MD5['mnist']}
+    for f in data.MD5['mnist']:
+        pictures = lambda: rng.integers(256, size=(7, 28, 28), dtype=np.uint8)
+        array = pictures() if 'images' in f else np.arange(7, dtype=np.uint8)
+        settings.write(data.raw_folder('mnist')/f, idx(array))
+    data.MD5['mnist'] = {f: data.hashlib.md5((data.raw_folder('mnist')/f).read_bytes()).hexdigest()
+                         for f in data.MD5['mnist']}
 
 def archive():
-    data.FACTORS['dsprites'] = {'colour': 1, 'shape': 1, 'scale': 1, 'orientation': 1, 'x': 2, 'y': 2}
+    data.FACTORS['dsprites'] = {'colour': 1, 'shape': 1, 'scale': 1,
+                                'orientation': 1, 'x': 2, 'y': 2}
     path = data.data_folder()/data.NPZ
     np.savez_compressed(path, imgs=(np.arange(4*64*64).reshape(4, 64, 64) % 2).astype(np.uint8))
     data.MD5['published dsprites'] = {data.NPZ: data.hashlib.md5(path.read_bytes()).hexdigest()}
@@ -52,49 +73,87 @@ def archive():
 
 def pictures(top):
     top.mkdir()
-    for i in range(12): Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)).save(top/f'{i:02}.{"jpg" if i % 2 else "png"}')
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(top/f'{i:02}.{"jpg" if i % 2 else "png"}')
     load(f'faces:{top}')
     return next((data.data_folder()/'faces').glob('*.npy'))
 
 
 def kinds(top):
-    """{name: (file to damage, how to read it as something that can be compared, whether a checksum could know)}, made in the folder `top`."""
-    mnist(top), training.train(TINY, top/'done', progress=False), begun(top/'begun')
+    """{name: (file to damage, how to read it as something that can be compared,
+    whether a checksum could know)}, made in the folder `top`."""
+    mnist(top)
+    training.train(TINY, top/'done', progress=False)
+    begun(top/'begun')
     npz, npy, kept, shelf = archive(), pictures(top/'own'), top/'begun.kept', top/'shelf'
     shutil.copytree(top/'begun', kept)
-    table = pd.DataFrame({'name': ['run #1', 'None', None, ''], 'code': ['007', '1', '2', '3'], 'v': [.1, np.nan, 2, 3]})
+    table = pd.DataFrame({'name': ['run #1', 'None', None, ''], 'code': ['007', '1', '2', '3'],
+                          'v': [.1, np.nan, 2, 3]})
     cell = {'model': 'a', 'seed': 3}
-    save_csv(table, 't', top), sweep.keep(cell, table, top), sweep.clock(cell, 2., top), sweep.clock(cell, 3., top)
+    save_csv(table, 't', top)
+    sweep.keep(cell, table, top)
+    sweep.clock(cell, 2., top)
+    sweep.clock(cell, 3., top)
     training.ship(top/'done', 'digits/entangled', 0, shelf)
-    (top/'s.ini').write_text(settings.settings_file().read_text()), (top/'tiny.idx').write_bytes(idx(np.arange(60, dtype=np.uint8).reshape(3, 4, 5)))
-    def resumed(): shutil.rmtree(top/'begun'); shutil.copytree(kept, top/'begun'); return weights_of(training.train(TINY, top/'begun', progress=False))
+    (top/'s.ini').write_text(settings.settings_file().read_text())
+    (top/'tiny.idx').write_bytes(idx(np.arange(60, dtype=np.uint8).reshape(3, 4, 5)))
+    def resumed():
+        shutil.rmtree(top/'begun')
+        shutil.copytree(kept, top/'begun')
+        return weights_of(training.train(TINY, top/'begun', progress=False))
     done = lambda: weights_of(training.train(TINY, top/'done', progress=False))
-    every = lambda: [preset('mnist.disentangled', s, file=top/'s.ini') if s.startswith('train.') else preset(s, file=top/'s.ini') for s in read_settings(top/'s.ini')]
+    of = lambda s: ('mnist.disentangled', s) if s.startswith('train.') else (s,)
+    every = lambda: [preset(*of(s), file=top/'s.ini') for s in read_settings(top/'s.ini')]
     faces = lambda: load(f'faces:{top/"own"}').x.numpy().tobytes()
-    def shipped(): return weights_of(training.load_weights(training.shipped('digits/entangled', 0, shelf, training.identity(TINY, 0)), training.build(TINY)))
+    def answered():
+        a = sweep.answer(cell, top)
+        return a is not None and repr(a.to_dict('split'))
+    def shipped():
+        file = training.shipped('digits/entangled', 0, shelf, training.identity(TINY, 0))
+        return weights_of(training.load_weights(file, training.build(TINY)))
     return {
-        'idx': (top/'tiny.idx', lambda: read_idx((top/'tiny.idx').read_bytes()).tobytes(), False), 'idx of a set': (data.raw_folder('mnist')/data.FILES['train'][0], lambda: load('mnist').x.numpy().tobytes(), True),
-        'npz': (npz, lambda: load('dsprites').x[:].numpy().tobytes(), True), 'jpg': (top/'own'/'01.jpg', faces, False), 'png': (top/'own'/'02.png', faces, False),
-        'cache': (npy, faces, True), 'note of a cache': (npy.with_suffix('.json'), faces, True), 'weights': (top/'done'/'weights.safetensors', done, True), 'record of a run': (top/'done'/'run.json', done, True),
-        'shipped weights': (shelf/'digits/entangled/seed0.safetensors', shipped, True), 'sums': (shelf/'SHA256SUMS', shipped, True), 'checkpoint': (kept/'checkpoint.pt', resumed, True),
-        'answer': (sweep.path_of(cell, top), lambda: (a := sweep.answer(cell, top)) is not None and repr(a.to_dict('split')), True), 'clock': (top/'seconds.jsonl', lambda: bool(sweep.plan([cell | {'seed': 4}], top)), False),
-        'table': (top/'t.csv', lambda: repr(read_table(top/'t.csv').to_dict('split')), False), 'origin of a table': (top/'t.csv', lambda: settings.facts_of(top/'t.csv') and '', False), 'settings': (top/'s.ini', lambda: str(every()), False)}
+        'idx': (top/'tiny.idx', lambda: read_idx((top/'tiny.idx').read_bytes()).tobytes(), False),
+        'idx of a set': (data.raw_folder('mnist')/data.FILES['train'][0],
+                         lambda: load('mnist').x.numpy().tobytes(), True),
+        'npz': (npz, lambda: load('dsprites').x[:].numpy().tobytes(), True),
+        'jpg': (top/'own'/'01.jpg', faces, False), 'png': (top/'own'/'02.png', faces, False),
+        'cache': (npy, faces, True), 'note of a cache': (npy.with_suffix('.json'), faces, True),
+        'weights': (top/'done'/'weights.safetensors', done, True),
+        'record of a run': (top/'done'/'run.json', done, True),
+        'shipped weights': (shelf/'digits/entangled/seed0.safetensors', shipped, True),
+        'sums': (shelf/'SHA256SUMS', shipped, True),
+        'checkpoint': (kept/'checkpoint.pt', resumed, True),
+        'answer': (sweep.path_of(cell, top), answered, True),
+        'clock': (top/'seconds.jsonl', lambda: bool(sweep.plan([cell | {'seed': 4}], top)), False),
+        'table': (top/'t.csv', lambda: repr(read_table(top/'t.csv').to_dict('split')), False),
+        'origin of a table': (top/'t.csv', lambda: settings.facts_of(top/'t.csv') and '', False),
+        'settings': (top/'s.ini', lambda: str(every()), False)}
 
 
 def outcome(read, want, sealed):
-    "What becomes of a damaged file: 'same', 'refused', 'other' (not to be known), or, which must not be, 'OTHER' and 'TRACEBACK'."
+    """What becomes of a damaged file: 'same', 'refused', 'other' (not to be known), or,
+    which must not be, 'OTHER' and 'TRACEBACK'."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()): got = read()
-    except OWN as e: return 'refused' if str(e) and '\n' not in str(e) else f'TRACEBACK of several lines: {e}'
-    except Exception as e: return f'TRACEBACK {type(e).__name__}: {str(e)[:150]}'
+        with contextlib.redirect_stdout(io.StringIO()):
+            got = read()
+    except OWN as e:
+        return 'refused' if str(e) and '\n' not in str(e) else f'TRACEBACK of several lines: {e}'
+    except Exception as e:
+        return f'TRACEBACK {type(e).__name__}: {str(e)[:150]}'
     return 'same' if got == want else 'refused' if got is False else 'OTHER' if sealed else 'other'
 
 
 def fuzz(n, seed=0, only=None):
-    "n damages, in turn of every kind of file (or of the kinds `only`): a Counter of (kind, outcome)."
-    rng, found, before, constants = random.Random(seed), collections.Counter(), os.environ.get('VAE_ROBUST_DATA'), [dict(data.MD5), dict(data.FACTORS)]
+    """n damages, in turn of every kind of file (or of the kinds `only`):
+    a Counter of (kind, outcome)."""
+    rng = random.Random(seed)
+    found = collections.Counter()
+    before = os.environ.get('VAE_ROBUST_DATA')
+    constants = [dict(data.MD5), dict(data.FACTORS)]
     with tempfile.TemporaryDirectory() as d:
-        os.environ['VAE_ROBUST_DATA'] = f'{d}/data'; Path(d, 'data').mkdir()
+        os.environ['VAE_ROBUST_DATA'] = f'{d}/data'
+        Path(d, 'data').mkdir()
         try:
             made = {k: v for k, v in kinds(Path(d)).items() if not only or k in only}
             wanted = {k: read() for k, (_, read, _) in made.items()}
@@ -105,12 +164,17 @@ def fuzz(n, seed=0, only=None):
                 spoilt = damage(whole, rng)
                 file.write_bytes(spoilt)
                 said = outcome(read, wanted[kind], sealed)
-                if said.isupper() or said.startswith('TRACEBACK'): print(f'{kind}, {damage.__name__}, damage {i}: {said}', file=sys.stderr)
+                if said.isupper() or said.startswith('TRACEBACK'):
+                    print(f'{kind}, {damage.__name__}, damage {i}: {said}', file=sys.stderr)
                 found[kind, said.split()[0]] += 1
                 file.write_bytes(whole)
         finally:
-            data.MD5.update(constants[0]), data.FACTORS.update(constants[1])
-            os.environ.pop('VAE_ROBUST_DATA') if before is None else os.environ.update(VAE_ROBUST_DATA=before)
+            data.MD5.update(constants[0])
+            data.FACTORS.update(constants[1])
+            if before is None:
+                os.environ.pop('VAE_ROBUST_DATA')
+            else:
+                os.environ['VAE_ROBUST_DATA'] = before
     return found
 
 

@@ -14,7 +14,8 @@ variances = st.lists(st.floats(.01, 20), min_size=1, max_size=6)
 def model():
     torch.manual_seed(0)
     m = VAE(n_z=3, n_c=4)
-    with torch.no_grad(): m.encoder[-1].bias.copy_(torch.linspace(-1, 1, 10))            # posteriors away from the prior
+    with torch.no_grad():
+        m.encoder[-1].bias.copy_(torch.linspace(-1, 1, 10))  # posteriors away from the prior
     return m
 
 
@@ -27,7 +28,8 @@ def joint_kl(model):
     "The KL of each image by torch.distributions, latent by latent."
     mu, lv, logits = model.encode(x)
     kl_z = sum(kl_divergence(Normal(m, s), Normal(0., 1.)) for m, s in zip(mu.T, (lv/2).exp().T))
-    return kl_z + kl_divergence(OneHotCategorical(logits=logits), OneHotCategorical(logits=torch.zeros(4)))
+    return kl_z + kl_divergence(OneHotCategorical(logits=logits),
+                                OneHotCategorical(logits=torch.zeros(4)))
 
 
 @pytest.mark.parametrize('beta', [.25, 1., 4., 100.])
@@ -39,7 +41,8 @@ def test_beta_weighs_the_summed_kl(model, beta):
 @pytest.mark.parametrize('C', [0., 1., 50.])
 def test_capacity_takes_the_absolute_value_of_the_mean(model, C):
     expected = terms(elbo, model).rec.mean() + 7*abs(joint_kl(model).mean() - C)
-    torch.testing.assert_close(terms(capacity, model, step=10, gamma=7, C_z=C, C_steps=10).loss, expected)
+    torch.testing.assert_close(terms(capacity, model, step=10, gamma=7, C_z=C, C_steps=10).loss,
+                               expected)
 
 
 @settings(max_examples=50, deadline=None)
@@ -47,7 +50,7 @@ def test_capacity_takes_the_absolute_value_of_the_mean(model, C):
 def test_water_filling_is_the_best_rate_for_each_coordinate(variances, level):
     rates, errors = water_filling(torch.tensor(variances, dtype=torch.float64), level)
     for v, rate, error in zip(variances, rates, errors):
-        cost = lambda r: v*np.exp(-2*r)/2 + level*r                                      # error/2 + level * rate
+        cost = lambda r: v*np.exp(-2*r)/2 + level*r  # error/2 + level * rate
         best = minimize_scalar(cost, bounds=(0, 6), method='bounded', options=dict(xatol=1e-9))
         assert cost(rate.item()) <= best.fun + 1e-9
         assert error.item() == pytest.approx(v*np.exp(-2*rate.item()))

@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize('chapter, right, wrong', MUTATIONS)
-def test_a_formula_to_break_stands_once_in_its_chapter_and_in_what_is_exported(chapter, right, wrong):
+def test_a_formula_to_break_stands_once_in_its_chapter_and_in_what_is_exported(
+    chapter, right, wrong):
     assert right != wrong and cells(chapter)[where(chapter, right)].startswith('#| export')
 
 
@@ -22,10 +23,14 @@ def test_there_are_sixty_and_three_may_go_unnoticed():
 
 def switched_off(source):
     "The assertions of a cell that a smoke run leaves out."
-    asks = lambda node: any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'smoke' for n in ast.walk(node))
+    asks = lambda node: any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'smoke'
+                            for n in ast.walk(node))
     tree = ast.parse(source)
-    either = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) for b in ast.walk(n.test) if isinstance(b, ast.BoolOp) and any(asks(v) and isinstance(v, (ast.Call, ast.UnaryOp)) for v in b.values)]
-    inside = [n for i in ast.walk(tree) if isinstance(i, ast.If) and asks(i.test) for n in ast.walk(i) if isinstance(n, ast.Assert)]
+    either = [n for n in ast.walk(tree) if isinstance(n, ast.Assert)
+              for b in ast.walk(n.test) if isinstance(b, ast.BoolOp)
+              and any(asks(v) and isinstance(v, (ast.Call, ast.UnaryOp)) for v in b.values)]
+    inside = [n for i in ast.walk(tree) if isinstance(i, ast.If) and asks(i.test)
+              for n in ast.walk(i) if isinstance(n, ast.Assert)]
     return either + inside
 
 
@@ -35,12 +40,17 @@ def test_a_smoke_run_leaves_no_assertion_out(chapter):
 
 
 def test_what_leaves_an_assertion_out():
-    for source in ('assert smoke() or x < 1', 'assert x and (y or smoke())', 'if not smoke(): assert x', 'assert not smoke() and x'): assert switched_off(source)
-    for source in ('assert x < (1 if smoke() else 2)', 'n = 1 if smoke() else 2\nassert n', 'if smoke(): print(1)'): assert not switched_off(source)
+    for source in ('assert smoke() or x < 1', 'assert x and (y or smoke())',
+                   'if not smoke(): assert x', 'assert not smoke() and x'):
+        assert switched_off(source)
+    for source in ('assert x < (1 if smoke() else 2)', 'n = 1 if smoke() else 2\nassert n',
+                   'if smoke(): print(1)'):
+        assert not switched_off(source)
 
 
 def test_broken_formulas_are_noticed():
-    done = subprocess.run([sys.executable, HERE/'break_formulas.py', '--sample', '6', '--seed', '8'], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, HERE/'break_formulas.py', '--sample', '6', '--seed', '8']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and '6 of 6 noticed' in done.stdout, done.stdout + done.stderr
 
 

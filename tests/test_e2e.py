@@ -1,4 +1,5 @@
-"""The interactive chapters in a real JupyterLab, and the site, in a real browser. Screenshots and latencies are kept in runs/e2e."""
+"""The interactive chapters in a real JupyterLab, and the site, in a real browser.
+Screenshots and latencies are kept in runs/e2e."""
 import json, os, shutil, socket, statistics, subprocess, sys, time, urllib.request
 from pathlib import Path
 
@@ -8,10 +9,15 @@ from vae_robust.site import SiteError, build
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT/'runs'/'e2e'
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine: the browser tests need one (Debian: apt-get install chromium)')]
-sync_api = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
+                None)
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync']
+pytestmark = [pytest.mark.e2e,
+              pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine: '
+                                 'the browser tests need one (Debian: apt-get install chromium)')]
+sync_api = pytest.importorskip('playwright.sync_api',
+                               reason='the browser tests need playwright: pip install playwright')
 
 
 @pytest.fixture(scope='module')
@@ -24,39 +30,63 @@ def browser():
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    "The address of a JupyterLab of our own: private configuration, copies of the two notebooks, smoke mode, loopback only."
+    """The address of a JupyterLab of our own: private configuration, copies of the two notebooks,
+    smoke mode, loopback only."""
     home = tmp_path_factory.mktemp('lab')
-    for name in ('11_traversals', '12_attacks'): shutil.copy(ROOT/'nbs'/f'{name}.ipynb', home)
-    settings = {'notebook-extension/tracker': {'windowingMode': 'none'}, 'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}
+    for name in ('11_traversals', '12_attacks'):
+        shutil.copy(ROOT/'nbs'/f'{name}.ipynb', home)
+    settings = {'notebook-extension/tracker': {'windowingMode': 'none'},
+                'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}
     for name, values in settings.items():
-        (f := home/'settings'/'@jupyterlab'/f'{name}.jupyterlab-settings').parent.mkdir(parents=True, exist_ok=True)
+        (f := home/'settings'/'@jupyterlab'/f'{name}.jupyterlab-settings').parent.mkdir(
+            parents=True, exist_ok=True)
         f.write_text(json.dumps(values))
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'VAE_ROBUST_SMOKE': '1', 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'),
-                        'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces'), 'JUPYTER_CONFIG_DIR': str(home/'config'), 'JUPYTER_RUNTIME_DIR': str(home/'runtime')}
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
-               f'--ServerApp.root_dir={home}', '--IdentityProvider.token=', '--LabApp.expose_app_in_browser=True']
-    with open(home/'log', 'w') as log: server = subprocess.Popen(command, env=env, cwd=home, stdout=log, stderr=log)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'VAE_ROBUST_SMOKE': '1',
+                        'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'),
+                        'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces'),
+                        'JUPYTER_CONFIG_DIR': str(home/'config'),
+                        'JUPYTER_RUNTIME_DIR': str(home/'runtime')}
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
+               f'--port={port}', '--ServerApp.port_retries=0',
+               f'--ServerApp.root_dir={home}', '--IdentityProvider.token=',
+               '--LabApp.expose_app_in_browser=True']
+    with open(home/'log', 'w') as log:
+        server = subprocess.Popen(command, env=env, cwd=home, stdout=log, stderr=log)
     try:
         for _ in range(600):
-            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api'); break
-            except OSError: time.sleep(.2)
-        else: pytest.fail((home/'log').read_text())
+            try:
+                urllib.request.urlopen(f'http://127.0.0.1:{port}/api')
+                break
+            except OSError:
+                time.sleep(.2)
+        else:
+            pytest.fail((home/'log').read_text())
         yield f'http://127.0.0.1:{port}/lab/workspaces'
     finally:
         server.terminate()
         server.wait(60)
 
 
-READY = """() => { const w = window.panel = [...(window.jupyterapp?.shell.widgets('main') ?? [])].find(w => w.content?.widgets), s = w?.sessionContext;
-    return !!(s?.isReady && s.session?.kernel?.connectionStatus == 'connected' && s.session.kernel.status == 'idle' && w.content.widgets.length > 5) }"""
+READY = """() => {
+    const widgets = [...(window.jupyterapp?.shell.widgets('main') ?? [])];
+    const panel = window.panel = widgets.find(w => w.content?.widgets), s = panel?.sessionContext;
+    return !!(s?.isReady && s.session?.kernel?.connectionStatus == 'connected' &&
+              s.session.kernel.status == 'idle' && panel.content.widgets.length > 5) }"""
 IDLE = "() => window.panel.sessionContext.session.kernel.status == 'idle'"
-CODE = "() => [...window.panel.content.model.cells].filter(c => c.type == 'code' && c.sharedModel.source.trim())"
-DONE = f"""() => {{ const cells = ({CODE})(), failed = cells.some(c => c.outputs.toJSON().some(o => o.output_type == 'error'));
+CODE = """() => [...window.panel.content.model.cells].filter(
+    c => c.type == 'code' && c.sharedModel.source.trim())"""
+FAILED = "c => c.outputs.toJSON().filter(o => o.output_type == 'error')"
+DONE = f"""() => {{
+    const cells = ({CODE})(), failed = cells.some(c => ({FAILED})(c).length);
     return failed || (cells.every(c => c.executionCount) && ({IDLE})()) }}"""
-ERRORS = f"() => ({CODE})().flatMap(c => c.outputs.toJSON().filter(o => o.output_type == 'error').map(o => o.evalue))"
-WATCH = """img => { window.key = window.press = 0; window.times = [];
-    for (const e of ['keydown', 'click']) document.addEventListener(e, () => { window.begun = performance.now(); window.times = [] }, true);
+ERRORS = f"() => ({CODE})().flatMap(c => ({FAILED})(c).map(o => o.evalue))"
+WATCH = """img => {
+    window.key = window.press = 0; window.times = [];
+    const begin = () => { window.begun = performance.now(); window.times = [] };
+    for (const e of ['keydown', 'click']) document.addEventListener(e, begin, true);
     img.addEventListener('load', () => window.times.push(performance.now() - window.begun)) }"""
 BYTES = "async img => [...new Uint8Array(await (await fetch(img.src)).arrayBuffer())].join()"
 
@@ -67,7 +97,9 @@ class Widget:
         self.page, self.box, self.image = page, box, box.locator('img.widget-image')
         self.box.scroll_into_view_if_needed()
         self.image.evaluate(WATCH)
-    def slider(self, text): return self.box.locator('.widget-hslider', has=self.page.locator('.widget-label', has_text=text))
+    def slider(self, text):
+        return self.box.locator('.widget-hslider',
+                                has=self.page.locator('.widget-label', has_text=text))
     def handle(self, text): return self.slider(text).locator('.noUi-handle')
     def button(self, text): return self.box.get_by_role('button', name=text, exact=True)
     def bytes(self): return self.image.evaluate(BYTES)
@@ -85,7 +117,7 @@ class Widget:
         readout = self.slider(text).locator('.widget-readout')
         readout.fill(str(value))
         readout.press('Enter')
-        self.page.wait_for_timeout(300)                               # a slider's message may wait, a button's does not
+        self.page.wait_for_timeout(300)  # a slider's message may wait, a button's does not
         self.page.wait_for_function(IDLE)
 
 
@@ -97,18 +129,21 @@ def keep(page, name, **latencies):
 
 @pytest.fixture
 def opened(browser, lab):
-    "Opens a notebook, runs all of it, checks that neither a cell nor a formula failed, and gives its first widget."
+    """Opens a notebook, runs all of it, checks that neither a cell nor a formula failed,
+    and gives its first widget."""
     page = browser.new_page(viewport={'width': 1500, 'height': 1000})
     page.set_default_timeout(120_000)
     def open_notebook(name):
         page.goto(f'{lab}/{name}/tree/{name}.ipynb')
         page.wait_for_function(READY, polling=200)
-        page.evaluate("() => { window.jupyterapp.shell.activateById(window.panel.id); window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        page.evaluate("() => { window.jupyterapp.shell.activateById(window.panel.id); "
+                      "window.jupyterapp.commands.execute('notebook:run-all-cells') }")
         page.wait_for_function(DONE, polling=200, timeout=300_000)
         assert page.evaluate(ERRORS) == []
         page.wait_for_function("document.querySelectorAll('mjx-container').length > 5", polling=200)
         assert page.locator('[data-mjx-error]').count() == 0
-        return Widget(page, page.locator('.jp-OutputArea-output .widget-vbox', has=page.locator('img.widget-image')).first)
+        return Widget(page, page.locator('.jp-OutputArea-output .widget-vbox',
+                                         has=page.locator('img.widget-image')).first)
     yield open_notebook
     page.close()
 
@@ -134,9 +169,11 @@ def test_latent_explorer(opened):
     explorer.button('reset').click()
     explorer.until(lambda: explorer.bytes() == rest, 'reset does not lead back')
     explorer.changes(lambda: explorer.button('4').click())
-    explorer.until(lambda: 'c = 0 to 9' in explorer.box.inner_text(), 'the strip is not said to show the categories')
+    explorer.until(lambda: 'c = 0 to 9' in explorer.box.inner_text(),
+                   'the strip is not said to show the categories')
     explorer.changes(lambda: explorer.button('entangled').click())
-    explorer.until(lambda: top.locator('.widget-label').inner_text() != label, 'the sliders are not renamed')
+    explorer.until(lambda: top.locator('.widget-label').inner_text() != label,
+                   'the sliders are not renamed')
     explorer.button('save PNG').click()
     explorer.until(lambda: 'Saved as' in explorer.box.inner_text(), 'nothing was saved')
 
@@ -148,12 +185,14 @@ def test_attack_playground(opened):
     play.set('λ', 1)
     play.changes(lambda: play.set('which one', 5))
     run.click()
-    play.until(lambda: page.evaluate('window.times.length') > 0 and run.is_enabled(), 'the attack does not end')
+    play.until(lambda: page.evaluate('window.times.length') > 0 and run.is_enabled(),
+               'the attack does not end')
     times = page.evaluate('window.times')
     keep(page, 'playground', first_picture_ms=times[0], finished_ms=times[-1], pictures=len(times))
     play.until(lambda: 'the judge saw' in play.box.inner_text(), 'the judge is not heard')
     play.set('steps', 1000)
-    play.box.locator('.widget-dropdown', has_text='objective').locator('select').select_option('output')
+    play.box.locator('.widget-dropdown',
+                     has_text='objective').locator('select').select_option('output')
     done = play.box.locator('.progress-bar')
     share = lambda: float(done.evaluate('bar => parseFloat(bar.style.width)'))
     play.changes(run.click)
@@ -166,8 +205,10 @@ def test_attack_playground(opened):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    try: return build(tmp_path_factory.mktemp('site'))
-    except SiteError as e: pytest.skip(str(e))
+    try:
+        return build(tmp_path_factory.mktemp('site'))
+    except SiteError as e:
+        pytest.skip(str(e))
 
 
 def test_every_page_of_the_site(browser, site):
@@ -179,13 +220,17 @@ def test_every_page_of_the_site(browser, site):
     for f in sorted(site.parent.glob('*.html')):
         page.goto(f.as_uri())
         page.evaluate('MathJax.startup.promise')
-        formulas, failed = page.locator('mjx-container').count(), page.locator('[data-mjx-error]').count()
-        assert not failed and formulas >= f.read_text().count('<a id="eq-') and not errors, (f.name, formulas, failed, errors)
-        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth)"), f.name
+        formulas = page.locator('mjx-container').count()
+        failed = page.locator('[data-mjx-error]').count()
+        enough = formulas >= f.read_text().count('<a id="eq-')
+        assert not failed and enough and not errors, (f.name, formulas, failed, errors)
+        shown = '[...document.images].every(i => i.complete && i.naturalWidth)'
+        assert page.evaluate(shown), f.name
     assert [u for u in asked if not u.startswith(('file:', 'data:'))] == []
     page.goto((site.parent/'12_attacks.html').as_uri() + '#eq-12.5')
     page.get_by_role('searchbox').fill('radius norm')
     page.locator('#found a', has_text='Smallest').first.wait_for()
     keep(page, 'site')
     page.locator('#found a').first.click()
-    page.wait_for_function("location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)))")
+    page.wait_for_function("location.hash && "
+                           "document.getElementById(decodeURIComponent(location.hash.slice(1)))")

@@ -1,4 +1,5 @@
-"Chapter 02: every exported formula against an oracle of its own, and what must hold for any numbers."
+"""Chapter 02: every exported formula against an oracle of its own,
+and what must hold for any numbers."""
 import itertools, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -6,7 +7,8 @@ from hypothesis.extra.numpy import arrays
 from scipy import integrate, special, stats
 from torch.distributions import Categorical, MultivariateNormal, Normal
 from torch.testing import assert_close
-from vae_robust.elbo import (elbo, iwae_bound, log_integral, log_weights, mixture_log_joint, mixture_step, ppca_elbo,
+from vae_robust.elbo import (elbo, iwae_bound, log_integral, log_weights,
+                             mixture_log_joint, mixture_step, ppca_elbo,
                              ppca_marginal, ppca_posterior, ppca_step, responsibilities)
 
 examples = settings(max_examples=50, deadline=None)
@@ -15,22 +17,26 @@ seeds = st.integers(0, 10_000)
 
 @pytest.fixture(autouse=True)
 def double():
-    torch.set_default_dtype(torch.float64), torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
 
-def logs(n, lo=-30, hi=30): return arrays(np.float64, n, elements=st.floats(lo, hi)).map(torch.tensor)
+def logs(n, lo=-30, hi=30):
+    return arrays(np.float64, n, elements=st.floats(lo, hi)).map(torch.tensor)
 def random_ppca(seed, N=7, P=5, D=2):
     g = torch.Generator().manual_seed(seed)
     x, W = torch.randn(N, P, generator=g), torch.randn(P, D, generator=g)
     return x, W, torch.rand((), generator=g) + .2
 def random_mixture(seed, N=60, P=2, K=3):
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(N, P, generator=g)*torch.tensor([2., .5]) + 3*torch.randint(0, 2, (N, 1), generator=g)
+    x = (torch.randn(N, P, generator=g)*torch.tensor([2., .5])
+         + 3*torch.randint(0, 2, (N, 1), generator=g))
     A = torch.randn(K, P, P, generator=g)
-    return x, (torch.rand(K, generator=g) + .1).softmax(0), torch.randn(K, P, generator=g), A @ A.mT + torch.eye(P)
+    return (x, (torch.rand(K, generator=g) + .1).softmax(0), torch.randn(K, P, generator=g),
+            A @ A.mT + torch.eye(P))
 
-# ---------------------------------------- (2.1): least squares, by a maximiser that does not know of it
+# ------------------------------------ (2.1): least squares, by a maximiser that does not know of it
 def test_gaussian_noise_is_least_squares():
     A, t = torch.randn(50, 3), torch.randn(50)
     theta = torch.zeros(3, requires_grad=True)
@@ -66,7 +72,8 @@ def test_log_integral_over_any_dimension_and_uneven_grid():
 
 # ---------------------------------------- weights
 def test_log_weights_have_the_integral_as_mean():
-    "z of shape (3, 2): three batches of a two-dimensional latent; the joint integrates to 7 whatever q."
+    """z of shape (3, 2): three batches of a two-dimensional latent;
+    the joint integrates to 7 whatever q."""
     q = MultivariateNormal(torch.randn(3, 2), 4*torch.eye(2))
     log_w = log_weights(lambda z: Normal(0., 1.).log_prob(z).sum(-1) + math.log(7), q, 40_000)
     assert log_w.shape == (40_000, 3)
@@ -106,7 +113,8 @@ def test_iwae_bound_is_a_mean(log_w, c):
 @given(logs(6, -20, 20))
 def test_iwae_bound_rises_over_subsets(log_w):
     "The lemma behind monotonicity: the average over all subsets of size M rises with M."
-    mean = lambda M: np.mean([iwae_bound(log_w[list(i)]).item() for i in itertools.combinations(range(6), M)])
+    mean = lambda M: np.mean([iwae_bound(log_w[list(i)]).item()
+                              for i in itertools.combinations(range(6), M)])
     means = [mean(M) for M in range(1, 7)]
     assert (np.diff(means) >= -1e-9).all()
 
@@ -192,10 +200,12 @@ def test_ppca_marginal_against_scipy(seed):
 def test_ppca_posterior_is_the_curvature_and_the_maximum_of_the_joint(seed):
     x, W, s2 = random_ppca(seed)
     mean, cov = ppca_posterior(x, W, s2)
-    joint = lambda z: Normal(0., 1.).log_prob(z).sum() + Normal(z @ W.T, s2.sqrt()).log_prob(x[0]).sum()
+    log_prior = lambda z: Normal(0., 1.).log_prob(z).sum()
+    joint = lambda z: log_prior(z) + Normal(z @ W.T, s2.sqrt()).log_prob(x[0]).sum()
     H = torch.autograd.functional.hessian(joint, mean[0])
     assert_close(torch.linalg.inv(-H), cov)
-    assert_close(torch.autograd.functional.jacobian(joint, mean[0]), torch.zeros(2), atol=1e-8, rtol=0)
+    assert_close(torch.autograd.functional.jacobian(joint, mean[0]),
+                 torch.zeros(2), atol=1e-8, rtol=0)
 
 @few
 @given(seeds)
@@ -208,8 +218,10 @@ def test_ppca_elbo_in_the_form_of_2_3(seed):
     e = torch.tensor(list(itertools.product(nodes, repeat=2)))
     w = torch.tensor([a*b for a, b in itertools.product(weights, repeat=2)])/(2*math.pi)
     z = m[:, None] + e @ torch.linalg.cholesky(C).T
-    joint = Normal(0., 1.).log_prob(z).sum(-1) + Normal(z @ W.T, s2.sqrt()).log_prob(x[:, None]).sum(-1)
-    assert_close(ppca_elbo(x, m, C, W, s2), joint @ w + MultivariateNormal(torch.zeros(2), C).entropy())
+    log_lik = Normal(z @ W.T, s2.sqrt()).log_prob(x[:, None]).sum(-1)
+    joint = Normal(0., 1.).log_prob(z).sum(-1) + log_lik
+    assert_close(ppca_elbo(x, m, C, W, s2),
+                 joint @ w + MultivariateNormal(torch.zeros(2), C).entropy())
 
 @few
 @given(seeds, st.floats(.05, 2.))
@@ -230,7 +242,8 @@ def test_ppca_step_cannot_be_improved(seed):
     for eps in (-1e-3, 1e-3):
         assert ppca_elbo(x, m, C, W1, s1*(1 + eps)).sum() < best
         for i in itertools.product(range(5), range(2)):
-            nudge = torch.zeros(5, 2).index_put((torch.tensor([i[0]]), torch.tensor([i[1]])), torch.tensor(eps))
+            place = torch.tensor([i[0]]), torch.tensor([i[1]])
+            nudge = torch.zeros(5, 2).index_put(place, torch.tensor(eps))
             assert ppca_elbo(x, m, C, W1 + nudge, s1).sum() < best
 
 @few
@@ -249,8 +262,10 @@ def test_ppca_optimum_is_the_eigenvalue_solution():
     x = torch.randn(200, 5) @ torch.randn(5, 5)
     x = x - x.mean(0)
     theta = (torch.randn(5, 2), torch.tensor(1.))
-    for _ in range(3000): theta = ppca_step(x, *ppca_posterior(x, *theta))
+    for _ in range(3000):
+        theta = ppca_step(x, *ppca_posterior(x, *theta))
     lam, U = np.linalg.eigh((x.T @ x / 200).numpy())
     s2 = lam[:3].mean()
     best = (U[:, 3:]*(lam[3:] - s2)) @ U[:, 3:].T + s2*np.eye(5)
-    assert_close(theta[0] @ theta[0].T + theta[1]*torch.eye(5), torch.tensor(best), atol=1e-6, rtol=1e-6)
+    assert_close(theta[0] @ theta[0].T + theta[1]*torch.eye(5),
+                 torch.tensor(best), atol=1e-6, rtol=1e-6)

@@ -14,7 +14,9 @@ codes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, ma
 
 class Given:
     "A model whose posteriors are given and whose reconstruction is perfect."
-    def __init__(self, mu, lv, logits): self.q, self.n_c = Posterior(Normal(mu, (lv/2).exp()), OneHotCategorical(logits=logits)), logits.shape[1]
+    def __init__(self, mu, lv, logits):
+        self.q = Posterior(Normal(mu, (lv/2).exp()), OneHotCategorical(logits=logits))
+        self.n_c = logits.shape[1]
     def posterior(self, x): return self.q
     def log_likelihood(self, x, code): return torch.zeros(len(code))
 
@@ -28,22 +30,28 @@ def by_hand(mu, lv, logits, gamma, C_z, C_c, ramped):
 
 
 @examples
-@given(st.integers(0, 10**6), st.floats(0, 100), st.floats(0, 8), st.floats(0, 8), st.integers(0, 40))
+@given(st.integers(0, 10**6), st.floats(0, 100), st.floats(0, 8),
+       st.floats(0, 8), st.integers(0, 40))
 def test_the_loss_is_the_formula(seed, gamma, C_z, C_c, step):
-    mu, lv, logits = (torch.randn(5, n, generator=torch.Generator().manual_seed(seed + n), dtype=torch.double) for n in (3, 4, 6))
+    mu, lv, logits = (torch.randn(5, n, generator=torch.Generator().manual_seed(seed + n),
+                                  dtype=torch.double) for n in (3, 4, 6))
     lv = lv[:, :3]
-    loss = joint_vae(Given(mu, lv, logits), None, step, gamma=gamma, C_z=C_z, C_c=C_c, C_steps=20).loss.item()
-    assert loss == pytest.approx(by_hand(*(t.numpy() for t in (mu, lv, logits)), gamma, C_z, C_c, min(step/20, 1)), abs=1e-4)
+    loss = joint_vae(Given(mu, lv, logits), None, step, gamma=gamma, C_z=C_z,
+                     C_c=C_c, C_steps=20).loss.item()
+    arrays = (t.numpy() for t in (mu, lv, logits))
+    assert loss == pytest.approx(by_hand(*arrays, gamma, C_z, C_c, min(step/20, 1)), abs=1e-4)
 
 
 def test_one_image_above_and_one_below_the_capacity_cost_nothing():
-    mu = torch.tensor([[1.], [3.]])                                               # KLs of 0.5 and 4.5 nats
-    loss = joint_vae(Given(mu, torch.zeros(2, 1), torch.zeros(2, 4)), None, 1, gamma=30, C_z=2.5, C_c=0, C_steps=1).loss
+    mu = torch.tensor([[1.], [3.]])  # KLs of 0.5 and 4.5 nats
+    loss = joint_vae(Given(mu, torch.zeros(2, 1), torch.zeros(2, 4)), None, 1, gamma=30,
+                     C_z=2.5, C_c=0, C_steps=1).loss
     assert loss.item() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_one_hot_code_has_met_every_capacity():
-    loss = joint_vae(Given(torch.zeros(3, 2), torch.zeros(3, 2), 1e3*torch.eye(4)[:3]), None, 1, gamma=30, C_z=0, C_c=50, C_steps=1).loss
+    loss = joint_vae(Given(torch.zeros(3, 2), torch.zeros(3, 2), 1e3*torch.eye(4)[:3]), None, 1,
+                     gamma=30, C_z=0, C_c=50, C_steps=1).loss
     assert loss.item() == pytest.approx(0, abs=1e-4)
 
 
@@ -77,4 +85,5 @@ def test_scores_by_hand(y, c, accuracy, pure):
 
 @pytest.mark.parametrize('y, c', [([], []), ([0, 1], [0])])
 def test_what_cannot_be_scored(y, c):
-    with pytest.raises(ValueError, match='one code for each image'): unsupervised_accuracy(y, c)
+    with pytest.raises(ValueError, match='one code for each image'):
+        unsupervised_accuracy(y, c)

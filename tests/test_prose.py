@@ -1,4 +1,5 @@
-"""A decimal in a chapter's prose must be the decimal of an output of the same chapter, or of its code."""
+"""A decimal in a chapter's prose must be the decimal of an output of the same chapter,
+or of its code."""
 import io, json, re, tokenize
 from pathlib import Path
 
@@ -7,17 +8,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHAPTERS = ['01', '02', '03', '04', '05', '06', '07', '08', '11']
 
-EXCEPTIONS = {                                                          # decimal: where it comes from
+EXCEPTIONS = {  # decimal: where it comes from
     chapter: {} for chapter in CHAPTERS}
 
 DECIMAL = re.compile(r'(?<![\w.,:/])(\d[\d,]*\.\d+)(?![\w])')
 NUMBER = re.compile(r'(?<![\w.])\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?|(?<![\w.])\.\d+')
-NOT_MEASURED = re.compile(r'''\$\$.*?\$\$                               # displayed equations have constants of their own
+NOT_MEASURED = re.compile(
+    r'''\$\$.*?\$\$                                # displayed equations have constants of their own
     | `[^`]*` | \[[^\]]*\]\([^)]*\) | https?://\S+ | arXiv:\S+
-    | \(\d+\.\d+[a-z]?(?:,[^)]*)?\) | [Ff]igures?\ \d+\.\d+ (?:\ (?:and|to)\ \d+\.\d+)?        # numbers of equations and figures''', re.S | re.X)
+    | \(\d+\.\d+[a-z]?(?:,[^)]*)?\)                # numbers of equations and figures
+    | [Ff]igures?\ \d+\.\d+ (?:\ (?:and|to)\ \d+\.\d+)?''', re.S | re.X)
 
 
-def load(chapter): return json.loads(next((ROOT/'nbs').glob(f'{chapter}_*.ipynb')).read_text())['cells']
+def load(chapter):
+    return json.loads(next((ROOT/'nbs').glob(f'{chapter}_*.ipynb')).read_text())['cells']
 
 
 def prose(cells):
@@ -31,7 +35,8 @@ def decimals(text): return [m.replace(',', '') for m in DECIMAL.findall(text)]
 
 def outputs(cells):
     "All numbers that the chapter prints."
-    texts = [''.join(o.get('text') or o.get('data', {}).get('text/plain', '')) for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
+    texts = [''.join(o.get('text') or o.get('data', {}).get('text/plain', ''))
+             for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
     return [float(n.replace(',', '').replace('_', '')) for n in NUMBER.findall('\n'.join(texts))]
 
 
@@ -39,13 +44,16 @@ def settings(cells):
     "All numbers that stand in the chapter's code: what is set there, and what is asserted."
     code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
     tokens = [t for source in code for t in tokenize.generate_tokens(io.StringIO(source).readline)]
-    return [float(t.string.replace('_', '')) for t in tokens if t.type == tokenize.NUMBER and re.fullmatch(r'[\d._]+(e[+-]?\d+)?', t.string)]
+    numbers = [t.string for t in tokens if t.type == tokenize.NUMBER]
+    return [float(n.replace('_', '')) for n in numbers if re.fullmatch(r'[\d._]+(e[+-]?\d+)?', n)]
 
 
 def unbound(cells, exceptions=()):
     "The decimals of the prose that neither an output, rounded as they are, nor the code contains."
     said, printed, fixed = decimals(prose(cells)), outputs(cells), settings(cells)
-    here = lambda d: any(abs(p - float(d)) <= .5001*10.**-len(d.split('.')[1]) for p in printed) or float(d) in fixed
+    rounding = lambda d: .5001*10.**-len(d.split('.')[1])
+    near = lambda d: any(abs(p - float(d)) <= rounding(d) for p in printed)
+    here = lambda d: near(d) or float(d) in fixed
     return [d for d in dict.fromkeys(said) if d not in exceptions and not here(d)]
 
 
@@ -61,6 +69,8 @@ def test_exceptions_are_needed(chapter):
 
 def test_a_wrong_decimal_is_found():
     markdown = lambda text: {'cell_type': 'markdown', 'source': [text]}
-    code = {'cell_type': 'code', 'source': ['tau = .67'], 'outputs': [{'text': ['leads [0.66 1.38]\n']}]}
+    code = {'cell_type': 'code', 'source': ['tau = .67'],
+            'outputs': [{'text': ['leads [0.66 1.38]\n']}]}
     assert unbound([markdown('At 0.67 the leads are 0.66 and $1.4$ nats, (6.16).'), code]) == []
-    assert unbound([markdown('At 0.68 the leads are 0.66 and 1.39 nats.'), code]) == ['0.68', '1.39']
+    wrong = markdown('At 0.68 the leads are 0.66 and 1.39 nats.')
+    assert unbound([wrong, code]) == ['0.68', '1.39']

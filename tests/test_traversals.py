@@ -1,4 +1,5 @@
-"Traversals, the latent explorer and the attack playground, by their Python side; tests/test_e2e.py has the browser's."
+"""Traversals, the latent explorer and the attack playground, by their Python side;
+tests/test_e2e.py has the browser's."""
 import io, re, time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,8 @@ from vae_robust.attacks import AttackPlayground, attack, coloured, curve, bars
 from vae_robust.data import load, pixels
 from vae_robust.settings import preset
 from vae_robust.training import pretrained
-from vae_robust.traversals import LatentExplorer, across, along, categories, kl_per_latent, png, stacked, strip, traversal
+from vae_robust.traversals import (LatentExplorer, across, along, categories, kl_per_latent, png,
+                                   stacked, strip, traversal)
 from vae_robust.vae import VAE
 
 DATA = load('digits', 'test')
@@ -22,10 +24,11 @@ decoded = lambda data: np.asarray(Image.open(io.BytesIO(data)))
 
 
 def test_traversals_move_one_coordinate_and_nothing_else():
-    mirror = SimpleNamespace(decode=lambda code: code, n_z=3, n_c=4)                     # decodes a code into itself
+    mirror = SimpleNamespace(decode=lambda code: code, n_z=3, n_c=4)  # decodes a code into itself
     code = torch.tensor([[.1, .2, .3, 0, 1, 0, 0]])
     walk = along(mirror, code, 1, [-3, 0, 3])
-    assert walk[:, 1].tolist() == [-3, 0, 3] and (walk[:, [0, 2, 3, 4, 5, 6]] == code[:, [0, 2, 3, 4, 5, 6]]).all()
+    assert walk[:, 1].tolist() == [-3, 0, 3]
+    assert (walk[:, [0, 2, 3, 4, 5, 6]] == code[:, [0, 2, 3, 4, 5, 6]]).all()
     assert_close(across(mirror, code), torch.cat([code[:, :3].expand(4, 3), torch.eye(4)], 1))
 
 
@@ -38,26 +41,35 @@ def test_traversals_pass_through_the_reconstruction(model, digits):
 def test_pictures_keep_their_grey_values(digits):
     a = decoded(png(stacked([strip(digits[:2], 3), strip(digits[2:5])], gap=2)))
     assert a.shape == (96 + 2 + 32, 192) and (a[96:98] == 255).all() and (a[98:, 96:] == 255).all()
-    assert_close(torch.tensor(a[1:96:3, 1:192:3]/255).float(), torch.cat([*digits[:2, 0]], 1), atol=.51/255, rtol=0)
-    both = decoded(png(stacked([strip(digits[:1]), strip(digits[:1].expand(1, 3, 32, 32))], across=True, gap=0)))
+    assert_close(torch.tensor(a[1:96:3, 1:192:3]/255).float(),
+                 torch.cat([*digits[:2, 0]], 1), atol=.51/255, rtol=0)
+    both = decoded(png(stacked([strip(digits[:1]), strip(digits[:1].expand(1, 3, 32, 32))],
+                               across=True, gap=0)))
     assert both.shape == (32, 64, 3) and (both[:, :32] == both[:, 32:]).all()
 
 
 def test_colours_of_a_change_differ_for_the_colour_blind():
     less, none, more = coloured(torch.tensor([-1., 0, 1]).view(3, 1, 1, 1))[..., 0, 0]
-    blind = {'protanopia': [[.152, 1.053, -.205], [.115, .786, .099], [-.004, -.048, 1.052]],          # Machado et al. 2009
+    # Machado et al. 2009
+    blind = {'protanopia': [[.152, 1.053, -.205], [.115, .786, .099], [-.004, -.048, 1.052]],
              'deuteranopia': [[.367, .861, -.228], [.280, .673, .047], [-.012, .043, .969]]}
     for m in map(torch.tensor, blind.values()):
-        for a, b in ((less, none), (none, more), (less, more)): assert (m @ a - m @ b).norm() > .4
+        for a, b in ((less, none), (none, more), (less, more)):
+            assert (m @ a - m @ b).norm() > .4
 
 
 def test_bars_and_curves_show_what_they_are_given():
     a = np.asarray(bars(torch.tensor([1., 0]), torch.tensor([0., 1]), 100))
     grey, blue = (a == (170, 170, 170)).all(-1), (a == (0, 114, 178)).all(-1)
-    assert grey[:80, :50].sum() > 10*grey[:80, 50:].sum() and blue[:80, 50:].sum() > 10*blue[:80, :50].sum()
+    assert grey[:80, :50].sum() > 10*grey[:80, 50:].sum()
+    assert blue[:80, 50:].sum() > 10*blue[:80, :50].sum()
     line = (np.asarray(curve([4, 3, 2, 1, 0], 100, 100)) == (0, 114, 178)).all(-1)
-    assert line[:50, :50].sum() > 0 and line[50:, 50:].sum() > 0 and line[:40, 60:].sum() == line[60:, :40].sum() == 0
-    curve([]), curve([1.]), curve([1., float('nan'), 1.])
+    assert line[:50, :50].sum() > 0
+    assert line[50:, 50:].sum() > 0
+    assert line[:40, 60:].sum() == line[60:, :40].sum() == 0
+    curve([])
+    curve([1.])
+    curve([1., float('nan'), 1.])
 
 
 @pytest.fixture
@@ -65,7 +77,9 @@ def explorer(model):
     torch.manual_seed(1)
     return LatentExplorer({'one': model, 'two': VAE(5, 4).eval()}, DATA)
 
-shown = lambda e: torch.tensor(decoded(e.image.value)[2:160:5, 162:320:5]/255).float()           # the right one of the upper pictures
+def shown(e):
+    "The right one of the upper pictures."
+    return torch.tensor(decoded(e.image.value)[2:160:5, 162:320:5]/255).float()
 
 
 def test_explorer_begins_with_the_reconstruction(explorer, model):
@@ -77,7 +91,8 @@ def test_explorer_begins_with_the_reconstruction(explorer, model):
 def test_explorer_orders_latents_by_what_they_say(explorer, model):
     kl_z, _ = kl_per_latent(model, pixels(DATA.x))
     assert explorer.order == kl_z.argsort(descending=True).tolist()
-    assert [s.description for s in explorer.sliders] == [f'z{j}: {kl_z[j]:.2f} nats' for j in explorer.order]
+    assert [s.description for s in explorer.sliders] == [f'z{j}: {kl_z[j]:.2f} nats'
+                                                         for j in explorer.order]
 
 
 @pytest.mark.parametrize('k', range(5))
@@ -88,13 +103,15 @@ def test_a_slider_moves_its_latent_alone(explorer, model, k):
     assert explorer.code[0, j] == 2.5 and torch.equal(explorer.code[:, others], before[:, others])
     assert_close(shown(explorer), model.decode(explorer.code)[0, 0].detach(), atol=.51/255, rtol=0)
     walk = strip(along(model, explorer.code, j, torch.linspace(-3, 3, 10)))
-    assert (decoded(explorer.image.value)[-32:] == np.asarray(walk)).all() and f'z{j} = -3 to 3' in explorer.note.value
+    assert (decoded(explorer.image.value)[-32:] == np.asarray(walk)).all()
+    assert f'z{j} = -3 to 3' in explorer.note.value
 
 
 def test_buttons_of_the_explorer(explorer, model, tmp_path, monkeypatch):
     rest = explorer.image.value
     explorer.category.value = next(k for k in range(4) if k != explorer.category.value)
-    assert (decoded(explorer.image.value)[-32:, :128] == np.asarray(strip(across(model, explorer.code)))).all()
+    assert (decoded(explorer.image.value)[-32:, :128]
+            == np.asarray(strip(across(model, explorer.code)))).all()
     explorer.sliders[0].value = 2
     explorer.reset.click()
     assert explorer.image.value == rest
@@ -104,12 +121,14 @@ def test_buttons_of_the_explorer(explorer, model, tmp_path, monkeypatch):
     assert_close(explorer.code, model.posterior(pixels(DATA.x[3:4])).mode)
     monkeypatch.setattr(traversals, 'root', lambda: tmp_path)
     explorer.save.click()
-    assert (tmp_path/'runs'/'explorer.png').read_bytes() == explorer.image.value and 'Saved' in explorer.note.value
+    assert (tmp_path/'runs'/'explorer.png').read_bytes() == explorer.image.value
+    assert 'Saved' in explorer.note.value
 
 
 def test_explorer_takes_a_digit_of_ones_own(explorer, model):
     own = png(strip(pixels(DATA.x[7:8])))
-    explorer.upload.value = ({'name': 'own.png', 'type': 'image/png', 'size': len(own), 'content': own, 'last_modified': datetime.now(timezone.utc)},)
+    explorer.upload.value = ({'name': 'own.png', 'type': 'image/png', 'size': len(own),
+                              'content': own, 'last_modified': datetime.now(timezone.utc)},)
     assert_close(explorer.code, model.posterior(pixels(DATA.x[7:8])).mode, atol=1e-3, rtol=1e-3)
     explorer.upload.value = ({**explorer.upload.value[0], 'content': b'words'},)
     assert 'not a picture' in explorer.note.value
@@ -126,25 +145,33 @@ def test_explorer_takes_one_model_and_one_without_a_categorical():
 @pytest.fixture
 def play():
     judge = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
-    return AttackPlayground({n: pretrained(f'mnist/{n}') for n in ('disentangled', 'entangled')}, {'linear': judge}, DATA)
+    return AttackPlayground({n: pretrained(f'mnist/{n}') for n in ('disentangled', 'entangled')},
+                            {'linear': judge}, DATA)
 
 
 KNOWS = {False: {}, True: dict(forced=True, features='codes')}
+CASES = [('latent', 0, False), ('latent', 1, False), ('judge', 0, False), ('latent', 0, True), ('output', 0, True)]
 
-@pytest.mark.parametrize('objective, lam, knows', [('latent', 0, False), ('latent', 1, False), ('judge', 0, False), ('latent', 0, True), ('output', 0, True)])
+@pytest.mark.parametrize('objective, lam, knows', CASES)
 def test_playground_finds_what_the_attack_finds(play, objective, lam, knows):
-    play.sliders['steps'].value, play.sliders['lam'].value, play.objective.value, play.knows.value = 12, lam, objective, knows
+    play.sliders['steps'].value = 12
+    play.sliders['lam'].value = lam
+    play.objective.value = objective
+    play.knows.value = knows
     play.run.click()
     play.thread.join()
     select = ('decoded' if objective == 'latent' else 'hard') if knows else 'surrogate'
-    p, x, x_t = preset('attack.strong', objective=objective, lam=lam, steps=12, select=select, **KNOWS[knows]), play.x, play.x_t
-    assert (DATA.y[(pixels(DATA.x) == x).flatten(1).all(1)] == 3).all() and (DATA.y[(pixels(DATA.x) == x_t).flatten(1).all(1)] == 8).all()
+    keys = dict(objective=objective, lam=lam, steps=12, select=select)
+    p, x, x_t = preset('attack.strong', **keys, **KNOWS[knows]), play.x, play.x_t
+    assert (DATA.y[(pixels(DATA.x) == x).flatten(1).all(1)] == 3).all()
+    assert (DATA.y[(pixels(DATA.x) == x_t).flatten(1).all(1)] == 8).all()
     judge = play.judges['linear']
     for (name, model), f, (before, after) in zip(play.models.items(), play.found, play.outcome):
         want = attack(model, x, x_t, p, judge=judge, progress=False).x
         assert_close(f.best, want)
         assert lam or (f.best - x).abs().max() > .09
-        assert (judge(model(x)).argmax().item(), judge(model(want)).argmax().item()) == (before, after)
+        assert judge(model(x)).argmax().item() == before
+        assert judge(model(want)).argmax().item() == after
         assert f'<b>{name}</b>: the judge saw {before}, now {after}.' in play.note.value
     assert play.bar.value == play.bar.max == 26*(1 + knows)
 
@@ -154,24 +181,31 @@ def test_playground_draws_the_final_state(play):
     play.run.click()
     play.thread.join()
     a = decoded(play.image.value)
-    attacked = a[28:124:3, 306:402:3, 0][:32, :32]                                                     # the fourth picture of the first row
+    attacked = a[28:124:3, 306:402:3, 0][:32, :32]  # the fourth picture of the first row
     assert_close(torch.tensor(attacked/255).float(), play.found[0].best[0, 0], atol=.51/255, rtol=0)
     play.sliders['number'].value += 1
-    assert play.found == [None, None] and play.image.value not in (rest, '') and decoded(play.image.value).shape == a.shape
+    assert play.found == [None, None]
+    assert play.image.value not in (rest, '')
+    assert decoded(play.image.value).shape == a.shape
 
 
 def test_playground_stops_and_keeps_the_best_so_far(play):
-    play.sliders['steps'].value, play.knows.value = 1000, False
+    play.sliders['steps'].value = 1000
+    play.knows.value = False
     play.run.click()
     assert play.run.disabled and play.sliders['source'].disabled and not play.stop.disabled
-    while not (play.found[0] and len(play.found[0].trace) > 20): time.sleep(.005)
+    while not (play.found[0] and len(play.found[0].trace) > 20):
+        time.sleep(.005)
     play.stop.click()
     play.thread.join(20)
     f = play.found[0]
-    assert not play.thread.is_alive() and 20 < len(f.trace) < 900 and play.stop.disabled and not play.run.disabled
+    assert not play.thread.is_alive()
+    assert 20 < len(f.trace) < 900
+    assert play.stop.disabled
+    assert not play.run.disabled
     assert f.lowest == torch.stack(f.trace).min() and f.lowest < f.trace[0]
     assert (f.best - play.x).abs().max() <= .1 + 1e-6
-    play.run.click()                                                                            # and it can be run again
+    play.run.click()  # and it can be run again
     play.stop.click()
     play.thread.join(20)
     assert not play.thread.is_alive()
@@ -188,7 +222,8 @@ def test_playground_draws_while_it_runs(play):
 
 def test_what_the_readme_shows_can_be_played_with():
     readme = (Path(__file__).parent.parent/'README.md').read_text()
-    example = re.search(r'```py\n(.*?)```', readme, re.S)[1].replace("load('mnist'", "load('digits'")
+    example = re.search(r'```py\n(.*?)```', readme, re.S)[1]
+    example = example.replace("load('mnist'", "load('digits'")
     *before, last = example.strip().splitlines()
     exec('\n'.join(before), scope := {})
     play = eval(last.removesuffix('.box'), scope)

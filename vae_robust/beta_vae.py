@@ -11,37 +11,44 @@ from .vae import Terms, parts
 
 # %% ../nbs/06_beta_vae.ipynb #7501f564
 def beta_vae(model, x, step=0, *, beta):
-    """The beta-VAE objective, minus (2.11), of images x (B, ...) as `Terms`, in nats: reconstruction + beta * KL.
+    """The beta-VAE objective, minus (2.11), of images x (B, ...) as `Terms`, in nats:
+    reconstruction + beta * KL.
 
-    The KL is summed over latents, the loss averaged over the batch. `beta` >= 0; 1 gives the evidence lower bound.
+    The KL is summed over latents, the loss averaged over the batch. `beta` >= 0;
+    1 gives the evidence lower bound.
     `step` is not used. Higgins et al. 2017."""
     rec, kl_z, kl_c = parts(model, x)
     return Terms((rec + beta*(kl_z.sum(-1) + kl_c)).mean(), rec, kl_z, kl_c)
 
 # %% ../nbs/06_beta_vae.ipynb #63ae2378
 def water_filling(variances, level):
-    """Rate, in nats, and squared error of each coordinate of Gaussian data with `variances` (D,), at the best beta-VAE, (6.8).
+    """Rate, in nats, and squared error of each coordinate of Gaussian data with `variances` (D,),
+    at the best beta-VAE, (6.8).
 
-    `level` > 0 is the noise beta * sigma**2 that the decoder allows. Two tensors (D,); the rates are >= 0.
+    `level` > 0 is the noise beta * sigma**2 that the decoder allows. Two tensors (D,);
+    the rates are >= 0.
     Shannon 1959."""
     return (variances/level).clamp_min(1).log()/2, variances.clamp_max(level)
 
 # %% ../nbs/06_beta_vae.ipynb #d0e1c2b7
 def at_most(limit, value):
-    "The smaller of the two: of numbers a number, of a tensor `value` a tensor, without asking the device for what is in it."
+    """The smaller of the two: of numbers a number, of a tensor `value` a tensor,
+    without asking the device for what is in it."""
     return value.clamp(max=limit) if isinstance(value, torch.Tensor) else min(limit, value)
 
 # %% ../nbs/06_beta_vae.ipynb #3a15f4e2
 def ramp(C, step, steps):
-    "A capacity that rises linearly from 0 to `C` nats over `steps` > 0 steps and stays there. `step`: a number or a tensor."
+    """A capacity that rises linearly from 0 to `C` nats over `steps` > 0 steps and stays there.
+    `step`: a number or a tensor."""
     return C*at_most(1, step/steps)
 
 # %% ../nbs/06_beta_vae.ipynb #17f223be
 def capacity(model, x, step=0, *, gamma, C_z, C_steps):
-    """The capacity objective (6.14) of images x (B, ...) as `Terms`: reconstruction + gamma * |KL - C(step)|, in nats.
+    """The capacity objective (6.14) of images x (B, ...) as `Terms`:
+    reconstruction + gamma * |KL - C(step)|, in nats.
 
-    The KL is summed over latents and averaged over the batch *before* the absolute value. `C_z` nats are reached
-    after `C_steps` steps. Burgess et al. 2018."""
+    The KL is summed over latents and averaged over the batch *before* the absolute value.
+    `C_z` nats are reached after `C_steps` steps. Burgess et al. 2018."""
     rec, kl_z, kl_c = parts(model, x)
     loss = rec.mean() + gamma*(kl_z.sum(-1).mean() + kl_c.mean() - ramp(C_z, step, C_steps)).abs()
     return Terms(loss, rec, kl_z, kl_c)

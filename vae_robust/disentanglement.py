@@ -34,69 +34,99 @@ class DisentanglementError(ValueError):
 
 # %% ../nbs/10_disentanglement.ipynb #40c01f69
 class Code(NamedTuple):
-    "What is said of N images: the means and the standard deviations (0: none) of their D latents, numpy (N, D)."
+    """What is said of N images:
+    the means and the standard deviations (0: none) of their D latents, numpy (N, D)."""
     mean: np.ndarray
     std: np.ndarray
 
 # %% ../nbs/10_disentanglement.ipynb #eca05007
 def moments(q):
-    "Mean and standard deviation, each (N, D), of an array, a `Normal` (also an `Independent` one) or a `Posterior`."
+    """Mean and standard deviation, each (N, D), of an array,
+    a `Normal` (also an `Independent` one) or a `Posterior`."""
     if isinstance(q, Independent): return moments(q.base_dist)
     if not isinstance(q, Posterior): return (q.loc, q.scale) if isinstance(q, Normal) else (q, 0)
     if q.c is None: return q.z.loc, q.z.scale
     index = q.c.logits.argmax(-1, keepdim=True)
-    return torch.cat([q.z.loc, index], -1), torch.cat([q.z.scale, torch.full_like(index, .05, dtype=q.z.scale.dtype)], -1)
+    return (torch.cat([q.z.loc, index], -1),
+            torch.cat([q.z.scale, torch.full_like(index, .05, dtype=q.z.scale.dtype)], -1))
 
 # %% ../nbs/10_disentanglement.ipynb #dc747d2c
-def array(a): return np.asarray(a.detach().cpu().double() if isinstance(a, torch.Tensor) else a, float)
+def array(a):
+    return np.asarray(a.detach().cpu().double() if isinstance(a, torch.Tensor) else a, float)
 
 # %% ../nbs/10_disentanglement.ipynb #1a4b01d3
-def code(represent, # (N, D) numbers, a `Normal`, a `Posterior`, a `Code`; or a function of `factors` that returns one of these
+def code(represent, # (N, D) numbers, a `Normal`, `Posterior` or `Code`; or a function giving one
          factors=None): # what such a function is given
-    "The codes as a `Code`; one latent may come as (N,). `DisentanglementError` if they are no such table, or if there is a nan or an infinity."
+    """The codes as a `Code`; one latent may come as (N,).
+    `DisentanglementError` if they are no such table, or if there is a nan or an infinity."""
     q = represent(factors) if callable(represent) else represent
-    try: mean, std = (array(a) for a in (q if isinstance(q, Code) else moments(q)))
-    except (TypeError, ValueError): raise DisentanglementError(f'Codes are numbers (N, D) or a distribution of them, not a {type(q).__name__}.') from None
+    try:
+        mean, std = (array(a) for a in (q if isinstance(q, Code) else moments(q)))
+    except (TypeError, ValueError):
+        raise DisentanglementError('Codes are numbers (N, D) or a distribution of them, '
+                                   f'not a {type(q).__name__}.') from None
     mean, std = (a[:, None] if a.ndim == 1 else a for a in (mean, std))
-    if mean.ndim != 2 or std.shape not in ((), mean.shape): raise DisentanglementError(f'Codes have the shape (N, D), not {mean.shape} with deviations {std.shape}.')
+    if mean.ndim != 2 or std.shape not in ((), mean.shape):
+        raise DisentanglementError('Codes have the shape (N, D), '
+                                   f'not {mean.shape} with deviations {std.shape}.')
     std = np.broadcast_to(std, mean.shape)
     odd = ~(np.isfinite(mean) & np.isfinite(std)).all(1)
-    if odd.any(): raise DisentanglementError(f'{odd.sum()} of {len(odd)} codes are not finite, the first in row {odd.argmax()}.')
+    if odd.any():
+        raise DisentanglementError(f'{odd.sum()} of {len(odd)} codes are not finite, '
+                                   f'the first in row {odd.argmax()}.')
     if (std < 0).any(): raise DisentanglementError('Standard deviations must not be negative.')
     return Code(mean, std)
 
 # %% ../nbs/10_disentanglement.ipynb #d5645ea8
-def table(factors): # (N, K) or (N,) whole numbers, also as a DataFrame; or a dict of K columns of length N
-    "The factors as integers, numpy (N, K). `DisentanglementError` for anything else, and for a factor with a single value."
+def table(factors): # (N, K) or (N,) whole numbers, also a DataFrame; or a dict of K columns (N,)
+    """The factors as integers, numpy (N, K).
+    `DisentanglementError` for anything else, and for a factor with a single value."""
     columns = list(factors.values()) if isinstance(factors, dict) else [factors]
     lengths = [len(c) for c in columns]
-    if 0 in lengths: raise DisentanglementError('There are no images: the table of factors is empty.')
-    if len(set(lengths)) > 1: raise DisentanglementError(f'Factors of unequal length: {lengths}; each needs a value for each image.')
-    try: v = np.concatenate([array(c).reshape(len(c), -1) for c in columns], 1)
-    except ValueError: raise DisentanglementError('Factors must be a table of whole numbers, with rows of equal length.') from None
-    if not (np.isfinite(v) & (v == np.round(v))).all(): raise DisentanglementError('Factors must be whole numbers, the index of a value.')
+    if 0 in lengths:
+        raise DisentanglementError('There are no images: the table of factors is empty.')
+    if len(set(lengths)) > 1:
+        raise DisentanglementError(f'Factors of unequal length: {lengths}; '
+                                   'each needs a value for each image.')
+    try:
+        v = np.concatenate([array(c).reshape(len(c), -1) for c in columns], 1)
+    except ValueError:
+        raise DisentanglementError('Factors must be a table of whole numbers, '
+                                   'with rows of equal length.') from None
+    if not (np.isfinite(v) & (v == np.round(v))).all():
+        raise DisentanglementError('Factors must be whole numbers, the index of a value.')
     single = [k for k, column in enumerate(v.T) if len(set(column)) < 2]
-    if single: raise DisentanglementError(f'Factor {single[0]} has a single value: nothing can be learnt about it, leave it out.')
+    if single:
+        raise DisentanglementError(f'Factor {single[0]} has a single value: '
+                                   'nothing can be learnt about it, leave it out.')
     return v.astype(int)
 
 # %% ../nbs/10_disentanglement.ipynb #c97dd37b
-def checked(represent, factors, least=20): # codes and factors as in `code` and `table`; how many images there must be
-    "`Code` and factors (N, K) of the same N >= `least` images; `DisentanglementError` if they are not."
+def checked(represent, factors, # as in `code` and `table`
+            least=20): # how many images there must be
+    """`Code` and factors (N, K) of the same N >= `least` images;
+    `DisentanglementError` if they are not."""
     v, q = table(factors), code(represent, factors)
-    if len(q.mean) != len(v): raise DisentanglementError(f'{len(q.mean)} codes, but {len(v)} rows of factors: they must be of the same images.')
-    if len(v) < least: raise DisentanglementError(f'{len(v)} samples are fewer than {least}, the number of bins of a histogram: give more.')
+    if len(q.mean) != len(v):
+        raise DisentanglementError(f'{len(q.mean)} codes, but {len(v)} rows of factors: '
+                                   'they must be of the same images.')
+    if len(v) < least:
+        raise DisentanglementError(f'{len(v)} samples are fewer than {least}, '
+                                   'the number of bins of a histogram: give more.')
     return q, v
 
 # %% ../nbs/10_disentanglement.ipynb #4a6ea410
 def over_halves(f, q, v, rng, halves=10):
-    "Standard deviation of f(q, v, rng) over random halves of the rows, (10.1); nan where there is none."
+    """Standard deviation of f(q, v, rng) over random halves of the rows, (10.1);
+    nan where there is none."""
     rows = [rng.permutation(len(v))[:len(v)//2] for _ in range(halves)]
     values = np.array([f(Code(q.mean[i], q.std[i]), v[i], rng) for i in rows])
     return values.std(0, ddof=1) if halves > 1 and np.isfinite(values).all() else np.nan
 
 # %% ../nbs/10_disentanglement.ipynb #5708855b
 class Score(NamedTuple):
-    "What a metric found, and the standard error of it (10.1), which is nan where the value is infinite."
+    """What a metric found, and the standard error of it (10.1),
+    which is nan where the value is infinite."""
     value: float
     error: float
 
@@ -104,26 +134,37 @@ class Score(NamedTuple):
 LEAST = {'bins': 2, 'samples': 1, 'trees': 1, 'votes': 1, 'batch': 2, 'least': 0}
 
 def sensible(settings, K):
-    "Settings of a metric as they are, the numbers of `nominal` factors counted from the front; `DisentanglementError` for what no metric of `K` factors can do."
+    """Settings of a metric as they are, the numbers of `nominal` factors counted from the front;
+    `DisentanglementError` for what no metric of `K` factors can do."""
     for name, v in settings.items():
-        if name in LEAST and not v >= LEAST[name]: raise DisentanglementError(f'{name} = {v}: it must be at least {LEAST[name]}.')
+        if name in LEAST and not v >= LEAST[name]:
+            raise DisentanglementError(f'{name} = {v}: it must be at least {LEAST[name]}.')
     nominal = [*settings.get('nominal', ())]
-    if any(k not in range(-K, K) for k in nominal): raise DisentanglementError(f'nominal = {nominal}: there are {K} factors, and their numbers begin with 0.')
+    if any(k not in range(-K, K) for k in nominal):
+        raise DisentanglementError(f'nominal = {nominal}: there are {K} factors, '
+                                   'and their numbers begin with 0.')
     return settings | ({'nominal': [k % K for k in nominal]} if nominal else {})
 
 # %% ../nbs/10_disentanglement.ipynb #d15c1001
-def metric(f): # f(q, v, rng, **settings) -> a number or a NamedTuple of numbers, of a `Code`, factors (N, K) and a numpy Generator
-    """Makes `f` a metric, (represent, factors, *, seed=0, halves=10, **settings) -> `Score`, or the NamedTuple with a `Score` for each number.
-    `represent` and `factors` as in `code` and `table`; the error is taken over `halves` random halves of the table. Equal seeds, equal scores."""
+def metric(
+    # f(q, v, rng, **settings) -> a number or a NamedTuple of numbers, of a `Code`,
+    # factors (N, K) and a numpy Generator
+    f):
+    """Makes `f` a metric, (represent, factors, *, seed=0, halves=10, **settings) -> `Score`,
+    or the NamedTuple with a `Score` for each number.
+    `represent` and `factors` as in `code` and `table`;
+    the error is taken over `halves` random halves of the table. Equal seeds, equal scores."""
     @wraps(f)
     def score(represent, factors, *, seed=0, halves=10, **settings):
-        (q, v), rng = checked(represent, factors, settings.get('bins', 20)), np.random.default_rng(seed)
+        q, v = checked(represent, factors, settings.get('bins', 20))
+        rng = np.random.default_rng(seed)
         settings = sensible(settings, v.shape[1])
         value = f(q, v, rng, **settings)
         error = over_halves(partial(f, **settings), q, v, rng, halves)
-        if isinstance(value, tuple): return type(value)(*map(Score, value, np.broadcast_to(error, len(value)).tolist()))
+        if isinstance(value, tuple):
+            return type(value)(*map(Score, value, np.broadcast_to(error, len(value)).tolist()))
         return Score(float(value), float(error))
-    del score.__wrapped__                                                 # or help() would show the arguments of f
+    del score.__wrapped__  # or help() would show the arguments of f
     return score
 
 # %% ../nbs/10_disentanglement.ipynb #42726e19
@@ -134,15 +175,17 @@ def ratio(a, b):
 
 # %% ../nbs/10_disentanglement.ipynb #18a192f4
 def binned(z, bins=20):
-    "For each number of z (N, D) its bin, one of `bins` of equal width between the smallest and the largest of its column."
-    edge = 1e-9                                                           # equal numbers that rounding made unequal stay together
+    """For each number of z (N, D) its bin,
+    one of `bins` of equal width between the smallest and the largest of its column."""
+    edge = 1e-9  # equal numbers that rounding made unequal stay together
     return np.minimum(ratio(z - z.min(0), np.ptp(z, 0))*bins + edge, bins - 1).astype(int)
 
 # %% ../nbs/10_disentanglement.ipynb #9b096fda
 def mutual_information(z, # (N, D): codes
                        v, # (N, K): factors
                        bins=20): # of the histogram of each latent
-    "I(z_j; v_k) of (10.2) in nats, estimated from counts: (D, K), in [0, H(v_k)]; too large by about (10.3)."
+    """I(z_j; v_k) of (10.2) in nats, estimated from counts: (D, K), in [0, H(v_k)];
+    too large by about (10.3)."""
     return np.array([[mutual_info_score(y, b) for y in v.T] for b in binned(z, bins).T])
 
 # %% ../nbs/10_disentanglement.ipynb #56f2899f
@@ -159,13 +202,16 @@ def gap(scores): # (D, K), none negative
 # %% ../nbs/10_disentanglement.ipynb #3aa4ccf5
 @metric
 def mig(q, v, rng, bins=20):
-    """The mutual information gap (10.4) on histograms of the means with `bins` bins: in [0, 1]. Locatello et al. 2019, arXiv:1811.12359.
-    Not to be compared with `mig_samples`. A factor with more values than bins cannot reach 1, (10.5)."""
+    """The mutual information gap (10.4) on histograms of the means with `bins` bins: in [0, 1].
+    Locatello et al. 2019, arXiv:1811.12359.
+    Not to be compared with `mig_samples`.
+    A factor with more values than bins cannot reach 1, (10.5)."""
     return ratio(gap(mutual_information(q.mean, v, bins)), entropies(v)).mean()
 
 # %% ../nbs/10_disentanglement.ipynb #52e3f286
 def membership(v):
-    "Which value of which factor an image has: the shares 1/N_v (N, V_1 + ... + V_K), and of each image the columns that are its own (N, K)."
+    """Which value of which factor an image has: the shares 1/N_v (N, V_1 + ... + V_K),
+    and of each image the columns that are its own (N, K)."""
     inverse = np.stack([np.unique(y, return_inverse=True)[1] for y in v.T], 1)
     sizes = inverse.max(0) + 1
     own = inverse + np.cumsum(sizes) - sizes
@@ -175,10 +221,12 @@ def membership(v):
 
 # %% ../nbs/10_disentanglement.ipynb #27d1732c
 def densities(z, mean, std):
-    "Of numbers z (S,) under N Gaussians, in units of the narrowest one: (S, N), in single precision, which is several times as fast, if it can tell the means apart."
+    """Of numbers z (S,) under N Gaussians, in units of the narrowest one:
+    (S, N), in single precision, which is several times as fast, if it can tell the means apart."""
     fine = np.spacing(np.float32(np.abs(mean).max())) < std.min()/100
     z, mean, std = (a.astype(np.float32 if fine else float) for a in (z[:, None], mean, std))
-    with np.errstate(over='ignore'): p = np.exp(-((z - mean)/std)**2/2)   # the factor 1/sqrt(2 pi) cancels in (10.6)
+    with np.errstate(over='ignore'):
+        p = np.exp(-((z - mean)/std)**2/2)  # the factor 1/sqrt(2 pi) cancels in (10.6)
     return p/(std if fine else std/std.min())
 
 # %% ../nbs/10_disentanglement.ipynb #d4992831
@@ -191,24 +239,32 @@ def sampled_information(q, # Code of N images, all std > 0
     z, (member, own) = rng.normal(q.mean[n], q.std[n]), membership(v)
     def information(j):
         "Chunks of 100 codes: memory is 100 N numbers."
-        ps = (densities(z[i, j], q.mean[:, j], q.std[:, j]) for i in np.array_split(np.arange(len(n)), -(-len(n)//100)))
+        ps = (densities(z[i, j], q.mean[:, j], q.std[:, j])
+              for i in np.array_split(np.arange(len(n)), -(-len(n)//100)))
         mixtures = np.concatenate([np.hstack([p @ member, p.mean(1, keepdims=True)]) for p in ps])
-        return (np.log(np.take_along_axis(mixtures, own[n], 1)) - np.log(mixtures[:, -1:])).mean(0).round(6)
+        return (np.log(np.take_along_axis(mixtures, own[n], 1))
+                - np.log(mixtures[:, -1:])).mean(0).round(6)
     return np.stack([information(j) for j in range(z.shape[1])])
 
 # %% ../nbs/10_disentanglement.ipynb #dbf53569
 @metric
 def mig_samples(q, v, rng, samples=1000):
-    """The mutual information gap (10.4) from posteriors (10.6), at `samples` drawn codes: at most 1. Chen et al. 2018, arXiv:1802.04942.
-    `DisentanglementError` unless all standard deviations are above 0. Memory about 4 N (sum of V_k + 100) bytes, time N D samples."""
-    if not (q.std > 0).all(): raise DisentanglementError('mig_samples needs standard deviations above 0: give a Normal, or use mig.')
+    """The mutual information gap (10.4) from posteriors (10.6), at `samples` drawn codes:
+    at most 1. Chen et al. 2018, arXiv:1802.04942.
+    `DisentanglementError` unless all standard deviations are above 0.
+    Memory about 4 N (sum of V_k + 100) bytes, time N D samples."""
+    if not (q.std > 0).all():
+        raise DisentanglementError('mig_samples needs standard deviations above 0: '
+                                   'give a Normal, or use mig.')
     return ratio(gap(sampled_information(q, v, rng, samples).clip(0)), entropies(v)).mean()
 
 # %% ../nbs/10_disentanglement.ipynb #75f42f7b
 @metric
 def modularity(q, v, rng, bins=20):
-    """Does each latent know one factor only? (10.7) on histograms of the means, averaged over latents with any information: in [0, 1].
-    0 if there is none. Information of mere noise counts, (10.3). Ridgeway and Mozer 2018, arXiv:1802.05312."""
+    """Does each latent know one factor only? (10.7) on histograms of the means,
+    averaged over latents with any information: in [0, 1].
+    0 if there is none. Information of mere noise counts, (10.3).
+    Ridgeway and Mozer 2018, arXiv:1802.05312."""
     I = mutual_information(q.mean, v, bins)
     I = I[I.max(1) > 1e-9]
     if not len(I): return 0.
@@ -216,7 +272,8 @@ def modularity(q, v, rng, bins=20):
 
 # %% ../nbs/10_disentanglement.ipynb #7d5bcdf2
 def concentration(R): # (D, K): importances, none negative
-    "Weighted mean over rows of one minus their entropy in units of log K: 1 if each row has one entry, 0 if all entries are equal. (10.8)"
+    """Weighted mean over rows of one minus their entropy in units of log K:
+    1 if each row has one entry, 0 if all entries are equal. (10.8)"""
     P, rho = ratio(R, R.sum(1, keepdims=True)), ratio(R.sum(1), R.sum())
     return float(rho @ (1 - entr(P).sum(1)/log(max(R.shape[1], 2))))
 
@@ -230,7 +287,8 @@ def skill(forest, z, y, nominal):
 # %% ../nbs/10_disentanglement.ipynb #f061b7ee
 def importances(z, v, rng, # codes (N, D), factors (N, K), numpy Generator
                 nominal=(), trees=10): # the numbers of the factors without order; trees per factor
-    "R (D, K) of (10.8), and how well each factor is predicted on images not trained on: (K,), 0 (as by guessing) to 1."
+    """R (D, K) of (10.8), and how well each factor is predicted on images not trained on:
+    (K,), 0 (as by guessing) to 1."""
     train, test = np.array_split(rng.permutation(len(v)), 2)
     R, skills = [], []
     for k, y in enumerate(v.T):
@@ -250,8 +308,10 @@ class DCI(NamedTuple):
 # %% ../nbs/10_disentanglement.ipynb #3d3a32fa
 @metric
 def dci(q, v, rng, nominal=(), trees=10):
-    """Disentanglement, completeness and informativeness (10.8), each a `Score` in [0, 1]; factors whose numbers are in `nominal` are classified,
-    the others regressed, by forests of `trees` trees. Eastwood and Williams 2018. Only comparable if the predictors are the same."""
+    """Disentanglement, completeness and informativeness (10.8), each a `Score` in [0, 1];
+    factors whose numbers are in `nominal` are classified, the others regressed,
+    by forests of `trees` trees.
+    Eastwood and Williams 2018. Only comparable if the predictors are the same."""
     R, skills = importances(q.mean, v, rng, nominal, trees)
     return DCI(concentration(R), concentration(R.T), float(skills.mean()))
 
@@ -263,25 +323,33 @@ def squared_correlations(z, v):
 
 # %% ../nbs/10_disentanglement.ipynb #545b67bc
 def threshold_accuracies(z, y, rng):
-    "Balanced accuracy, on a random half of the images, of guessing y (N,) from single latents (N, D) that the other half cut into as many intervals as there are values: (D,)."
+    """Balanced accuracy, on a random half of the images, of guessing y (N,) from single latents
+    (N, D) that the other half cut into as many intervals as there are values: (D,)."""
     train, test = np.array_split(rng.permutation(len(y)), 2)
-    def weight(rows): return (1/np.bincount(value[rows])[value[rows]])    # with it, accuracy is balanced accuracy
+    def weight(rows): return 1/np.bincount(value[rows])[value[rows]]  # makes accuracy balanced
     value = np.unique(y, return_inverse=True)[1]
     tree = DecisionTreeClassifier(max_leaf_nodes=max(2, value.max() + 1), random_state=0)
-    return np.array([tree.fit(c[train], value[train], weight(train)).score(c[test], value[test], weight(test)) for c in z.T[..., None]])
+    def accuracy(c):
+        tree.fit(c[train], value[train], weight(train))
+        return tree.score(c[test], value[test], weight(test))
+    return np.array([accuracy(c) for c in z.T[..., None]])
 
 # %% ../nbs/10_disentanglement.ipynb #92e77606
 @metric
 def sap(q, v, rng, nominal=()):
-    """The SAP score (10.9) of the means: in [0, 1]; `nominal` are the numbers of the factors without order, scored on a random half. Kumar et al. 2017, arXiv:1711.00848.
-    An ordered factor must have a linear relation to its latent; a periodic one, such as an orientation, has none."""
+    """The SAP score (10.9) of the means: in [0, 1]; `nominal` are the numbers of the factors
+    without order, scored on a random half. Kumar et al. 2017, arXiv:1711.00848.
+    An ordered factor must have a linear relation to its latent;
+    a periodic one, such as an orientation, has none."""
     S = squared_correlations(q.mean, v)
-    for k in nominal: S[:, k] = threshold_accuracies(q.mean, v[:, k], rng)
+    for k in nominal:
+        S[:, k] = threshold_accuracies(q.mean, v[:, k], rng)
     return gap(S).mean()
 
 # %% ../nbs/10_disentanglement.ipynb #8979cc65
 def sharing(y, rows, size, rng):
-    "For each of `rows` the numbers of `size` random rows with the same value of the factor y (N,): (len(rows), size)."
+    """For each of `rows` the numbers of `size` random rows with the same value of the factor
+    y (N,): (len(rows), size)."""
     _, value, count = np.unique(y, return_inverse=True, return_counts=True)
     order, first = np.argsort(value, kind='stable'), np.cumsum(count) - count
     own = value[rows, None]
@@ -289,7 +357,8 @@ def sharing(y, rows, size, rng):
 
 # %% ../nbs/10_disentanglement.ipynb #a72e83a2
 def rounds(play, v, rng, n):
-    "n rounds: for each a random factor and what `play(y, rows)` gives for it, from a random image on; shapes (n,) and (n, ...)."
+    """n rounds: for each a random factor and what `play(y, rows)` gives for it,
+    from a random image on; shapes (n,) and (n, ...)."""
     k, rows = np.sort(rng.integers(v.shape[1], size=n)), rng.integers(len(v), size=n)
     said = [play(v[:, i], rows[k == i]) for i in range(v.shape[1])]
     return k, np.concatenate(said)
@@ -297,18 +366,24 @@ def rounds(play, v, rng, n):
 # %% ../nbs/10_disentanglement.ipynb #524fed71
 def live(z, v, least):
     "The latents with a standard deviation of at least `least`, in units of it: (N, live)."
-    if v.shape[1] < 2: raise DisentanglementError('One factor only: to guess which one was fixed, there must be two or more.')
+    if v.shape[1] < 2:
+        raise DisentanglementError('One factor only: to guess which one was fixed, '
+                                   'there must be two or more.')
     std = z.std(0)
     return (z/np.where(std > 0, std, 1))[:, (std >= least) & (std > 0)]
 
 # %% ../nbs/10_disentanglement.ipynb #391852ab
 @metric
 def factor_score(q, v, rng, votes=1000, batch=64, least=.05):
-    """The FactorVAE score (10.10): `votes` rounds to learn from and as many to be scored, batches of `batch`; 1/K by chance, 1 at best.
-    Latents whose means have a standard deviation below `least` are left out; without any, 0. Kim and Mnih 2018, arXiv:1802.05983."""
+    """The FactorVAE score (10.10): `votes` rounds to learn from and as many to be scored,
+    batches of `batch`; 1/K by chance, 1 at best.
+    Latents whose means have a standard deviation below `least` are left out;
+    without any, 0. Kim and Mnih 2018, arXiv:1802.05983."""
     z = live(q.mean, v, least)
     if z.shape[1] == 0: return 0.
-    def steadiest(y, rows): return z[sharing(y, rows, batch, rng)].var(1).round(9).argmin(1)    # no ties broken by rounding errors
+    def steadiest(y, rows):
+        spread = z[sharing(y, rows, batch, rng)].var(1)
+        return spread.round(9).argmin(1)  # no ties broken by rounding errors
     counts = np.zeros((z.shape[1], v.shape[1]))
     k, d = rounds(steadiest, v, rng, votes)
     np.add.at(counts, (d, k), 1)
@@ -318,15 +393,18 @@ def factor_score(q, v, rng, votes=1000, batch=64, least=.05):
 # %% ../nbs/10_disentanglement.ipynb #07ae53e2
 @metric
 def beta_score(q, v, rng, votes=1000, batch=64, least=.05):
-    """The beta-VAE score (10.11): `votes` rounds to train a logistic regression, as many to score it, `batch` pairs each; 1/K by chance, 1 at best.
-    Latents whose means have a standard deviation below `least` are left out; without any, 0. Higgins et al. 2017."""
+    """The beta-VAE score (10.11): `votes` rounds to train a logistic regression,
+    as many to score it, `batch` pairs each; 1/K by chance, 1 at best.
+    Latents whose means have a standard deviation below `least` are left out;
+    without any, 0. Higgins et al. 2017."""
     z = live(q.mean, v, least)
     if z.shape[1] == 0: return 0.
     def distances(y, rows):
         one = rng.integers(len(y), size=(len(rows), batch))
         return np.abs(z[one] - z[sharing(y, one.ravel(), 1, rng).reshape(one.shape)]).mean(1)
     k, d = rounds(distances, v, rng, votes)
-    if len(set(k)) < 2: raise DisentanglementError(f'votes = {votes}: all rounds fixed the same factor, take more.')
+    if len(set(k)) < 2:
+        raise DisentanglementError(f'votes = {votes}: all rounds fixed the same factor, take more.')
     guess = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(d, k)
     k, d = rounds(distances, v, rng, votes)
     return guess.score(d, k)
@@ -334,34 +412,40 @@ def beta_score(q, v, rng, votes=1000, batch=64, least=.05):
 # %% ../nbs/10_disentanglement.ipynb #c3b1da05
 @metric
 def active_units(q, v, rng, least=.01):
-    "How many latents have means whose variance over images is above `least`, (10.12); `v` is not looked at. Burda et al. 2015, arXiv:1509.00519."
+    """How many latents have means whose variance over images is above `least`, (10.12);
+    `v` is not looked at. Burda et al. 2015, arXiv:1509.00519."""
     return int((q.mean.var(0) > least).sum())
 
 # %% ../nbs/10_disentanglement.ipynb #640be2ea
 @metric
 def gaussian_tc(q, v, rng):
-    """Total correlation, in nats, of a Gaussian with the covariance of the sampled codes, (10.13): >= 0, 0 if uncorrelated, infinite if one
-    latent follows from the others. Of plain codes: of the means. Dead latents are left out; `v` is not looked at."""
+    """Total correlation, in nats, of a Gaussian with the covariance of the sampled codes, (10.13):
+    >= 0, 0 if uncorrelated, infinite if one latent follows from the others.
+    Of plain codes: of the means. Dead latents are left out; `v` is not looked at."""
     C = np.cov(q.mean.T, bias=True).reshape(q.mean.shape[1], -1) + np.diag((q.std**2).mean(0))
     alive = (np.ptp(q.mean, 0) > 0) | (q.std > 0).any(0)
     C = C[np.ix_(alive, alive)]
-    C = C/np.sqrt(np.outer(C.diagonal(), C.diagonal()))                   # TC does not care for the units
+    C = C/np.sqrt(np.outer(C.diagonal(), C.diagonal()))  # TC does not care for the units
     if np.linalg.matrix_rank(C) < len(C): return np.inf
     return max(0., gaussian_decomposition(torch.tensor(C), torch.zeros(len(C)))[1].item())
 
 # %% ../nbs/10_disentanglement.ipynb #916208a5
 @metric
 def class_accuracy(q, v, rng):
-    """Unsupervised accuracy (7.8) of a discrete code: in (0, 1]. The code is the last latent, which is the category if a `Posterior` has one,
+    """Unsupervised accuracy (7.8) of a discrete code: in (0, 1].
+    The code is the last latent, which is the category if a `Posterior` has one,
     and takes whole numbers; the only factor is the class. `DisentanglementError` otherwise."""
-    if v.shape[1] > 1: raise DisentanglementError(f'{v.shape[1]} factors, but accuracy is about one, the class.')
+    if v.shape[1] > 1:
+        raise DisentanglementError(f'{v.shape[1]} factors, but accuracy is about one, the class.')
     c = q.mean[:, -1]
-    if (c != np.round(c)).any(): raise DisentanglementError('The last latent is not a category: give whole numbers.')
+    if (c != np.round(c)).any():
+        raise DisentanglementError('The last latent is not a category: give whole numbers.')
     return unsupervised_accuracy(v[:, 0], c.astype(int))
 
 # %% ../nbs/10_disentanglement.ipynb #795a00af
 def agreement(R): # (D, D'): absolute correlations, none negative
-    "UDR of two models, (10.14): 1 for a permutation matrix, 0 if nothing correlates (or there are no latents)."
+    """UDR of two models, (10.14): 1 for a permutation matrix,
+    0 if nothing correlates (or there are no latents)."""
     strengths = (ratio(S.max(1)**2, S.sum(1)).sum() for S in (R, R.T) if S.size)
     return sum(strengths)/max(sum(R.shape), 1)
 
@@ -377,44 +461,56 @@ def correlations(a, b):
     return np.abs(a.T @ b)
 
 # %% ../nbs/10_disentanglement.ipynb #aab978ae
-def udr(codes, *, # M >= 2 codes of the same images, each as in `code`, of models trained with different seeds
+def udr(codes, *, # of the same images, as in `code`, by M >= 2 models trained with different seeds
         seed=0, halves=10): # for the error, as in `metric`
-    """Unsupervised disentanglement ranking (10.14), a `Score` of arrays (M,): for each model its median agreement with the others, in [0, 1].
-    Active: means with a variance above 0.01 (the paper: a KL). `DisentanglementError` if the codes do not fit. arXiv:1905.12614."""
+    """Unsupervised disentanglement ranking (10.14), a `Score` of arrays (M,):
+    for each model its median agreement with the others, in [0, 1].
+    Active: means with a variance above 0.01 (the paper: a KL).
+    `DisentanglementError` if the codes do not fit. arXiv:1905.12614."""
     z = [code(c).mean for c in codes]
     sizes = {len(a) for a in z}
-    if len(z) < 2 or len(sizes) > 1: raise DisentanglementError(f'{len(z)} codes of {sorted(sizes)} images: give two or more of the same images.')
-    if min(sizes) < 20: raise DisentanglementError(f'{min(sizes)} images are too few to rank anything: give 20 or more.')
+    if len(z) < 2 or len(sizes) > 1:
+        raise DisentanglementError(f'{len(z)} codes of {sorted(sizes)} images: '
+                                   'give two or more of the same images.')
+    if min(sizes) < 20:
+        raise DisentanglementError(f'{min(sizes)} images are too few to rank anything: '
+                                   'give 20 or more.')
     def medians(q, v, rng):
-        ranks = [active_ranks(a) for a in np.split(q.mean, np.cumsum([a.shape[1] for a in z])[:-1], 1)]
+        ends = np.cumsum([a.shape[1] for a in z])
+        ranks = [active_ranks(a) for a in np.split(q.mean, ends[:-1], 1)]
         U = [[agreement(correlations(a, b)) for b in ranks] for a in ranks]
         return np.array([np.median(np.delete(row, i)) for i, row in enumerate(U)])
     all_z = Code(np.hstack(z), np.hstack(z))
-    return Score(medians(all_z, None, None), over_halves(medians, all_z, z[0], np.random.default_rng(seed), halves))
+    rng = np.random.default_rng(seed)
+    return Score(medians(all_z, None, None), over_halves(medians, all_z, z[0], rng, halves))
 
 # %% ../nbs/10_disentanglement.ipynb #0d100639
 @torch.no_grad()
 def encode(represent, x, batch=1000):
-    "What `represent`, a function as in `code`, says of all images x (N, ...), asked for `batch` at a time: a `Code`."
+    """What `represent`, a function as in `code`, says of all images x (N, ...),
+    asked for `batch` at a time: a `Code`."""
     if not len(x): raise DisentanglementError('There are no images to encode.')
     parts = [code(represent(x[i:i + batch])) for i in range(0, len(x), batch)]
     return Code(*map(np.concatenate, zip(*parts)))
 
 # %% ../nbs/10_disentanglement.ipynb #a6954063
-METRICS = {'MIG': mig, 'MIG, samples': mig_samples, 'modularity': modularity, 'DCI': dci, 'SAP': sap, 'FactorVAE': factor_score,
+METRICS = {'MIG': mig, 'MIG, samples': mig_samples, 'modularity': modularity, 'DCI': dci,
+           'SAP': sap, 'FactorVAE': factor_score,
            'beta-VAE': beta_score, 'active units': active_units, 'TC': gaussian_tc}
 
 # %% ../nbs/10_disentanglement.ipynb #b69c1168
-def evaluate(represent, # a function from a batch of images to an array, a `Normal` or a `Posterior`; or the codes of all images
+def evaluate(represent, # from a batch to an array, `Normal` or `Posterior`; or the codes of all images
              x, # images (N, ...); not used if `represent` is not a function
              factors, # (N, K) as in `table`
-             metrics=METRICS, # name -> metric; settings by functools.partial, e.g. {'SAP': partial(sap, nominal=[0])}
+             metrics=METRICS, # name -> metric; settings by partial: {'SAP': partial(sap, nominal=[0])}
              **settings): # seed, halves: given to each metric
-    "A DataFrame with a row per score and the columns value and error. `mig_samples` is left out for codes without standard deviations."
+    """A DataFrame with a row per score and the columns value and error.
+    `mig_samples` is left out for codes without standard deviations."""
     q = encode(represent, x) if callable(represent) else code(represent)
     rows = {}
     for name, score in metrics.items():
         if getattr(score, 'func', score) is mig_samples and not q.std.all(): continue
         found = score(q, factors, **settings)
-        rows |= {name: found} if isinstance(found, Score) else {f'{name} {part}': s for part, s in found._asdict().items()}
+        rows |= ({name: found} if isinstance(found, Score)
+                 else {f'{name} {part}': s for part, s in found._asdict().items()})
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'error'])

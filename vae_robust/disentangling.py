@@ -20,37 +20,42 @@ from .vae import Posterior, gaussian_kl
 
 # %% ../nbs/21_disentangling.ipynb #1232320f
 def stump_accuracy(rho): # the largest absolute correlation of a latent with the factor, in [0, 1]
-    "How often the sign of a latent is that of a factor, (21.1), if the two are jointly normal: in [1/2, 1]."
+    """How often the sign of a latent is that of a factor, (21.1), if the two are jointly normal:
+    in [1/2, 1]."""
     return 1 - math.acos(rho)/math.pi
 
 # %% ../nbs/21_disentangling.ipynb #6e0f1460
 def bumps(v, # (..., 2): centres, to the right and downwards, in units of half the image's side
           width=.25, # standard deviation in the same units: a number or a tensor (...)
           side=10): # pixels
-    "Images of one bump each, of height 1, flattened row by row: (..., side*side), grey values in [0, 1]."
+    """Images of one bump each, of height 1, flattened row by row:
+    (..., side*side), grey values in [0, 1]."""
     g, w = torch.linspace(-1, 1, side), torch.as_tensor(width)[..., None]
     right, down = (torch.exp(-(g - v[..., i:i + 1])**2/2/w**2) for i in (0, 1))
     return (down[..., :, None]*right[..., None, :]).flatten(-2)
 
 # %% ../nbs/21_disentangling.ipynb #7a320607
 def least_errors(C): # (..., D, D): covariance of D units, positive definite
-    "Mean squared error of the best linear prediction of each unit from the others, (21.3): (..., D)."
+    """Mean squared error of the best linear prediction of each unit from the others, (21.3):
+    (..., D)."""
     return 1/torch.linalg.inv(C).diagonal(dim1=-2, dim2=-1)
 
 # %% ../nbs/21_disentangling.ipynb #61d8e663
 def prediction_errors(z, # (S, N, D): units, in S games, at N events
-                      w, b, # (S, D, D), whose diagonal is not used, and (S, 1, D): the linear guesses
+                      w, b, # the linear guesses: (S, D, D), its diagonal not used, and (S, 1, D)
                       p): # (N,): probabilities of the events
-    "Mean squared errors of linear guesses of each unit from the others, the terms of (21.2): (S, D)."
+    """Mean squared errors of linear guesses of each unit from the others, the terms of (21.2):
+    (S, D)."""
     others = w*(1 - torch.eye(w.shape[-1]))
     return (p[:, None]*(z - z @ others.mT - b)**2).sum(-2)
 
 # %% ../nbs/21_disentangling.ipynb #336d1e2f
 def play(f, phi, p, steps=1500, lr=.02, faster=20):
-    """Predictability minimization (21.2), `steps` moves of both sides: parameters after, values V (steps, S).
+    """Predictability minimization (21.2), `steps` moves of both sides:
+    parameters after, values V (steps, S).
 
-    `f` maps `phi` (S, ...) to units (S, N, D); `p` (N,): probabilities of the events. Both sides use Adam,
-    the encoder with the rate `lr`, the opponent with `faster` times that."""
+    `f` maps `phi` (S, ...) to units (S, N, D); `p` (N,): probabilities of the events.
+    Both sides use Adam, the encoder with the rate `lr`, the opponent with `faster` times that."""
     phi = phi.clone().requires_grad_()
     S, _, D = f(phi).shape
     w, b = torch.zeros(S, D, D, requires_grad=True), torch.zeros(S, 1, D, requires_grad=True)
@@ -59,12 +64,13 @@ def play(f, phi, p, steps=1500, lr=.02, faster=20):
     for _ in range(steps):
         V = prediction_errors(f(phi), w, b, p).sum(-1)
         phi.grad, w.grad, b.grad = torch.autograd.grad(V.sum(), [phi, w, b])
-        for adam in adams: adam.step()
+        for adam in adams:
+            adam.step()
         values.append(V.detach())
     return phi.detach(), torch.stack(values)
 
 # %% ../nbs/21_disentangling.ipynb #7d65160a
-def bit_dependence(code, p): # (N, 2): two bits of each of N events; (N,): probabilities of the events
+def bit_dependence(code, p): # (N, 2): two bits of each of N events; (N,): their probabilities
     "Mutual information of the two bits, and their joint entropy, in nats: two floats."
     cells = torch.zeros(2, 2, dtype=p.dtype).index_put_(tuple(code.long().T), p, accumulate=True)
     h = lambda q: torch.special.entr(q).sum().item()
@@ -74,8 +80,8 @@ def bit_dependence(code, p): # (N, 2): two bits of each of N events; (N,): proba
 class Clamp(torch.autograd.Function):
     """(21.4): `Clamp.apply(z, active, pull)` for latents z (B, D) is z where `active`, bool (D,).
 
-    The other latents are replaced by their mean over the batch, and their gradient by pull (z - mean)/B,
-    whatever the loss says; `pull` is a number >= 0."""
+    The other latents are replaced by their mean over the batch,
+    and their gradient by pull (z - mean)/B, whatever the loss says; `pull` is a number >= 0."""
     @staticmethod
     def forward(ctx, z, active, pull):
         away = z - z.mean(0)
@@ -92,10 +98,12 @@ def mlp(*widths):
 
 # %% ../nbs/21_disentangling.ipynb #3dfd3ef0
 class Dense(nn.Module):
-    "A VAE for vectors of `n_x` grey values: `n_z` latents, 64 hidden units, noise of deviation `sigma`."
+    """A VAE for vectors of `n_x` grey values: `n_z` latents, 64 hidden units,
+    noise of deviation `sigma`."""
     def __init__(self, n_z, n_x=100, sigma=.1):
         super().__init__()
-        self.n_z, self.sigma, self.encoder, self.decoder = n_z, sigma, mlp(n_x, 64, 2*n_z), mlp(n_z, 64, n_x)
+        self.n_z, self.sigma = n_z, sigma
+        self.encoder, self.decoder = mlp(n_x, 64, 2*n_z), mlp(n_z, 64, n_x)
     def posterior(self, x):
         "q(z|x) of images (B, n_x): a `Posterior`."
         mu, lv = self.encoder(x).chunk(2, -1)
@@ -106,7 +114,8 @@ class Dense(nn.Module):
 
 # %% ../nbs/21_disentangling.ipynb #cab77c14
 def clamped_elbo(model, x, k, pull=1.):
-    "Minus the bound, nats per image, of images x (B, n_x) that differ in factor `k`; the rest is clamped."
+    """Minus the bound, nats per image, of images x (B, n_x) that differ in factor `k`;
+    the rest is clamped."""
     q = model.posterior(x)
     z = Clamp.apply(q.z.rsample(), torch.arange(model.n_z) == k, pull)
     return (gaussian_kl(q.z.loc, 2*q.z.scale.log()).sum(-1) - model.log_likelihood(x, z)).mean()
@@ -142,33 +151,39 @@ class InfoGAN(nn.Module):
         c = 2*torch.rand(n, self.n_c) - 1
         return c, self.generator(torch.cat([c, torch.randn(n, self.n_eps)], 1))
     def bound(self, c, h):
-        "The bound (21.5), nats, a scalar, from codes c (B, n_c) and the body's view of the images, h (B, 64)."
+        """The bound (21.5), nats, a scalar,
+        from codes c (B, n_c) and the body's view of the images, h (B, 64)."""
         Q = Normal(self.mean(h), self.log_std.exp(), validate_args=False)
         return Q.log_prob(c).sum(-1).mean() + self.n_c*math.log(2)
 
 # %% ../nbs/21_disentangling.ipynb #22645db4
 def discriminator_loss(gan, x, xf):
-    "The discriminator's cross-entropy, nats, a scalar: real images x (B, n_x), generated ones xf (B, n_x)."
+    """The discriminator's cross-entropy, nats, a scalar: real images x (B, n_x),
+    generated ones xf (B, n_x)."""
     real, fake = gan.real(gan.body(torch.cat([x, xf.detach()]))).split([len(x), len(xf)])
     return softplus(-real).mean() + softplus(fake).mean()
 
 # %% ../nbs/21_disentangling.ipynb #05f0afde
 def generator_loss(gan, c, xf, told=True):
-    """-log D - L of (21.6), lambda = 1, nats, a scalar, for codes c (B, n_c) and their images xf (B, n_x).
+    """-log D - L of (21.6), lambda = 1, nats, a scalar,
+    for codes c (B, n_c) and their images xf (B, n_x).
 
     If not `told`, Q learns to read the code, but the generator does not hear of it."""
     h = gan.body(xf)
-    return softplus(-gan.real(h)).mean() - gan.bound(c, h if told else gan.body(xf.detach()).detach())
+    seen = h if told else gan.body(xf.detach()).detach()
+    return softplus(-gan.real(h)).mean() - gan.bound(c, seen)
 
 # %% ../nbs/21_disentangling.ipynb #34e7cb44
 def selectivity(dz): # (..., K): change of each of K latents
-    "The share of each latent in the absolute change, (21.7): (..., K), in [0, 1]; 0 where nothing changes."
+    """The share of each latent in the absolute change, (21.7): (..., K), in [0, 1];
+    0 where nothing changes."""
     dz = dz.abs()
     return dz/dz.sum(-1, keepdim=True).clamp_min(1e-9)
 
 # %% ../nbs/21_disentangling.ipynb #8b2602b5
 class Controller(nn.Module):
-    "An autoencoder of `n_x` grey values with K latents, and a policy over `n_actions` actions for each."
+    """An autoencoder of `n_x` grey values with K latents,
+    and a policy over `n_actions` actions for each."""
     def __init__(self, K, n_actions, n_x=100):
         super().__init__()
         self.f, self.g = mlp(n_x, 64, K), mlp(K, 64, n_x)
@@ -180,11 +195,12 @@ class Controller(nn.Module):
 
 # %% ../nbs/21_disentangling.ipynb #ac4a8387
 def controllable_loss(model, x, # the images of all N states: (N, n_x)
-                      arrive, allowed, # the state that each action leads to; is it possible?: (N, n_actions)
+                      arrive, allowed, # (N, n_actions): where each leads to; is it possible?
                       lam=3.):
-    "The objective (21.8), a scalar: squared error per image minus lam times the sum of selectivities."
+    """The objective (21.8), a scalar:
+    squared error per image minus lam times the sum of selectivities."""
     z = model.f(x)
-    sel = selectivity(z[arrive] - z[:, None])*allowed[..., None]              # (N, n_actions, K)
+    sel = selectivity(z[arrive] - z[:, None])*allowed[..., None]  # (N, n_actions, K)
     mean = sel.sum(0)/allowed.sum(0)[:, None]
     return ((model.g(z) - x)**2).sum(-1).mean() - lam*(model.policies*mean.T).sum()
 
@@ -225,7 +241,7 @@ class AIR(nn.Module):
         steps = []
         for _ in range(N):
             logit, mu, lv = self.net(x).split([1, 2, 2], -1)
-            z = mu + (lv/2 - 1).exp()*torch.randn_like(mu)                    # a start with narrow posteriors
+            z = mu + (lv/2 - 1).exp()*torch.randn_like(mu)  # a start with narrow posteriors
             steps.append((logit[..., 0], mu, (lv/2 - 1).exp(), z))
             x = x - bumps(z, side=self.side)
         logit, mu, sigma, z = (torch.stack(t, -1 - (i > 0)) for i, t in enumerate(zip(*steps)))
@@ -233,16 +249,19 @@ class AIR(nn.Module):
 
 # %% ../nbs/21_disentangling.ipynb #1fc56e33
 def log_fit(x, z, sigma, side=12):
-    "log p(x|n, z) in nats of x (..., side*side), for n = 0 to N of the places z (..., N, 2): (..., N + 1)."
+    """log p(x|n, z) in nats of x (..., side*side), for n = 0 to N of the places z (..., N, 2):
+    (..., N + 1)."""
     drawn = bumps(z, side=side).cumsum(-2)
     drawn = torch.cat([torch.zeros_like(drawn[..., :1, :]), drawn], -2)
     return Normal(drawn, sigma, validate_args=False).log_prob(x[..., None, :]).sum(-1)
 
 # %% ../nbs/21_disentangling.ipynb #cf033273
 def air_loss(model, x, N, L=4, sigma=.3, rho=.5, exact=False):
-    """Minus the bound of AIR, (21.9) to (21.12), nats per image, a scalar whose gradient is unbiased.
+    """Minus the bound of AIR, (21.9) to (21.12), nats per image,
+    a scalar whose gradient is unbiased.
 
-    Images x (B, side*side), at most N objects, `L` >= 2 samples for each; `sigma` and `rho` as in (21.9).
+    Images x (B, side*side), at most N objects, `L` >= 2 samples for each;
+    `sigma` and `rho` as in (21.9).
     `exact` sums over the counts instead of drawing one."""
     seen = model(x.expand(L, *x.shape), N)
     log_q, fit = log_count(seen.logit), log_fit(x, seen.z, sigma, model.side)
@@ -251,4 +270,5 @@ def air_loss(model, x, N, L=4, sigma=.3, rho=.5, exact=False):
     weight = (f - leave_one_out(f)).detach()
     rec = (log_q.exp()*fit).sum(-1) if exact else f + weight*score - (weight*score).detach()
     kl_where = kl_divergence(seen.where, Normal(0., .5)).sum(-1)
-    return (count_kl(seen.logit, rho) + (log_reach(seen.logit)[..., 1:].exp()*kl_where).sum(-1) - rec).mean()
+    return (count_kl(seen.logit, rho)
+            + (log_reach(seen.logit)[..., 1:].exp()*kl_where).sum(-1) - rec).mean()

@@ -15,7 +15,8 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, k
 def log_integral(log_f, # log of the integrand on the grid, any shape with the grid along `dim`
                  z,     # the grid, shape (G,), increasing
                  dim=-1):
-    r"$\log\int f(z)\,dz$ by the trapezoidal rule, in nats; exact to rounding once `z` covers f and resolves it."
+    r"""$\log\int f(z)\,dz$ by the trapezoidal rule, in nats;
+    exact to rounding once `z` covers f and resolves it."""
     top = log_f.amax(dim, keepdim=True)
     return (torch.trapezoid((log_f - top).exp(), z, dim=dim)).log() + top.squeeze(dim)
 
@@ -23,14 +24,16 @@ def log_integral(log_f, # log of the integrand on the grid, any shape with the g
 def log_weights(log_joint, # function: latents -> log p(x, z), in nats
                 q,         # a torch distribution to draw latents from
                 K):        # number of draws
-    r"$\log w_k=\log p(x,z_k)-\log q(z_k)$, $z_k\sim q$, in nats, shape (K, \*batch of q); the draws carry no gradient."
+    r"""$\log w_k=\log p(x,z_k)-\log q(z_k)$, $z_k\sim q$, in nats, shape (K, \*batch of q);
+    the draws carry no gradient."""
     z = q.sample((K,))
     return log_joint(z) - q.log_prob(z)
 
 # %% ../nbs/02_elbo.ipynb #30c487dc
 def iwae_bound(log_w, # log weights log p(x, z_k) - log q(z_k), in nats
                dim=0): # the dimension that runs over the K draws
-    r"$\log\frac1K\sum_k w_k$ in nats: estimates log p(x), in expectation from below, rising with K (arXiv:1509.00519)."
+    r"""$\log\frac1K\sum_k w_k$ in nats: estimates log p(x), in expectation from below,
+    rising with K (arXiv:1509.00519)."""
     return torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
 
 # %% ../nbs/02_elbo.ipynb #1b1fa759
@@ -38,7 +41,8 @@ def elbo(log_joint, # log p(x, z), values of z along `dim`, in nats
          log_q,     # log q(z|x), same shape or broadcastable; -inf where q is zero
          dz=1.,     # 1 for a discrete z, the spacing of an even grid for a continuous one
          dim=-1):
-    r"The bound (2.2), $\sum_z q(z\mid x)\,[\log p(x,z)-\log q(z\mid x)]\,dz$, in nats; terms with q = 0 count 0."
+    r"""The bound (2.2), $\sum_z q(z\mid x)\,[\log p(x,z)-\log q(z\mid x)]\,dz$, in nats;
+    terms with q = 0 count 0."""
     q = log_q.exp()
     return torch.where(q > 0, q*(log_joint - log_q), 0.).sum(dim)*dz
 
@@ -47,18 +51,21 @@ def mixture_log_joint(x,   # (N, P) observations
                       pi,  # (K,) mixing weights, positive, sum 1
                       mu,  # (K, P) means
                       cov):# (K, P, P) covariances, positive definite
-    r"$\log\pi_k+\log\mathcal N(x;\mu_k,\Sigma_k)$, shape (N, K), in nats; its logsumexp over k is log p(x)."
+    r"""$\log\pi_k+\log\mathcal N(x;\mu_k,\Sigma_k)$, shape (N, K), in nats;
+    its logsumexp over k is log p(x)."""
     return pi.log() + MultivariateNormal(mu, cov).log_prob(x[:, None])
 
 # %% ../nbs/02_elbo.ipynb #a9d5b0a0
 def responsibilities(x, pi, mu, cov):
-    r"E-step of a Gaussian mixture: $r_{nk}=p(z{=}k\mid x_n)$, shape (N, K), for the arguments of `mixture_log_joint`."
+    r"""E-step of a Gaussian mixture: $r_{nk}=p(z{=}k\mid x_n)$, shape (N, K),
+    for the arguments of `mixture_log_joint`."""
     return mixture_log_joint(x, pi, mu, cov).softmax(-1)
 
 # %% ../nbs/02_elbo.ipynb #90810469
 def mixture_step(x,  # (N, P) observations
                  r): # (N, K) responsibilities
-    "M-step (2.5b) of a Gaussian mixture: `pi` (K,), `mu` (K, P), `cov` (K, P, P), which may become singular."
+    """M-step (2.5b) of a Gaussian mixture: `pi` (K,), `mu` (K, P), `cov` (K, P, P),
+    which may become singular."""
     n = r.sum(0)
     mu = r.T @ x / n[:, None]
     d = x[:, None] - mu
@@ -67,14 +74,16 @@ def mixture_step(x,  # (N, P) observations
 # %% ../nbs/02_elbo.ipynb #1e91f41e
 def ppca_marginal(W,   # (P, D) loadings
                   s2): # noise variance, a scalar tensor
-    r"Probabilistic PCA of centred x (P,): $\mathcal N(0, WW^\top+\sigma^2 I)$ (Tipping and Bishop 1999)."
+    r"""Probabilistic PCA of centred x (P,):
+    $\mathcal N(0, WW^\top+\sigma^2 I)$ (Tipping and Bishop 1999)."""
     return LowRankMultivariateNormal(torch.zeros_like(W[:, 0]), W, s2.expand(len(W)))
 
 # %% ../nbs/02_elbo.ipynb #a0f7d4e0
 def ppca_posterior(x,   # (N, P) centred observations
                    W,   # (P, D) loadings
                    s2): # noise variance, a scalar tensor
-    "E-step (2.5c) of probabilistic PCA: posterior means (N, D) and the covariance (D, D) that all of them share."
+    """E-step (2.5c) of probabilistic PCA:
+    posterior means (N, D) and the covariance (D, D) that all of them share."""
     M_inv = torch.linalg.inv(W.T @ W + s2*torch.eye(W.shape[1], dtype=W.dtype, device=W.device))
     return x @ W @ M_inv, s2*M_inv
 
@@ -83,16 +92,20 @@ def ppca_elbo(x, # (N, P) centred observations
               m, # (N, D) means of q(z|x)
               C, # (D, D) its covariance, positive definite
               W, s2): # (P, D) loadings; noise variance, a scalar tensor
-    "The bound (2.5) of probabilistic PCA for q(z|x) = N(m, C), one number per observation: shape (N,), in nats."
+    """The bound (2.5) of probabilistic PCA for q(z|x) = N(m, C), one number per observation:
+    shape (N,), in nats."""
     error = (x - m @ W.T).pow(2).sum(-1) + ((W @ C)*W).sum()
-    prior = MultivariateNormal(torch.zeros_like(m), torch.eye(len(C), dtype=C.dtype, device=C.device))
-    return -.5*W.shape[0]*torch.log(2*math.pi*s2) - error/(2*s2) - kl_divergence(MultivariateNormal(m, C), prior)
+    prior = MultivariateNormal(torch.zeros_like(m),
+                               torch.eye(len(C), dtype=C.dtype, device=C.device))
+    return (-.5*W.shape[0]*torch.log(2*math.pi*s2) - error/(2*s2)
+            - kl_divergence(MultivariateNormal(m, C), prior))
 
 # %% ../nbs/02_elbo.ipynb #687bb32c
 def ppca_step(x, # (N, P) centred observations
               m, # (N, D) posterior means
               C): # (D, D) posterior covariance
-    "M-step (2.5d) of probabilistic PCA: loadings `W` (P, D) and noise variance `s2`, a scalar tensor."
+    """M-step (2.5d) of probabilistic PCA: loadings `W` (P, D) and noise variance `s2`,
+    a scalar tensor."""
     S_xz, S_zz = x.T @ m / len(x), C + m.T @ m / len(x)
     W = torch.linalg.solve(S_zz, S_xz, left=False)
     return W, x.pow(2).mean() - (W*S_xz).sum()/x.shape[1]

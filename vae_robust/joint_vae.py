@@ -17,8 +17,9 @@ def joint_vae(model, x, step=0, *, gamma, C_z, C_c, C_steps):
     """The objective of JointVAE, (7.4), of images x (B, ...) as `Terms`, in nats:
     reconstruction + gamma * |KL_z - C_z(step)| + gamma * |KL_c - min(C_c(step), log K)|.
 
-    KLs are summed over latents and averaged over the batch *before* the absolute value. Capacities rise linearly from 0
-    to `C_z` and `C_c` nats over `C_steps` steps. `model.n_c` is K >= 1. Dupont 2018."""
+    KLs are summed over latents and averaged over the batch *before* the absolute value.
+    Capacities rise linearly from 0 to `C_z` and `C_c` nats over `C_steps` steps.
+    `model.n_c` is K >= 1. Dupont 2018."""
     rec, kl_z, kl_c = parts(model, x)
     off_z = kl_z.sum(-1).mean() - ramp(C_z, step, C_steps)
     off_c = kl_c.mean() - at_most(log(model.n_c), ramp(C_c, step, C_steps))
@@ -26,15 +27,19 @@ def joint_vae(model, x, step=0, *, gamma, C_z, C_c, C_steps):
 
 # %% ../nbs/07_joint_vae.ipynb #51456ef1
 def unsupervised_accuracy(y, c):
-    """Share of images whose class `y` (N,) is that of their code `c` (N,) once each code is named after a class, no two after the same,
-    in the best way, (7.8): a number in (0, 1]. Codes without a name, if there are more of them than classes, count as wrong.
+    """Share of images whose class `y` (N,) is that of their code `c` (N,) once each code is named
+    after a class, no two after the same, in the best way, (7.8): a number in (0, 1].
+    Codes without a name, if there are more of them than classes, count as wrong.
     ValueError if the lengths differ or nothing is given."""
-    if len(y) != len(c) or len(y) == 0: raise ValueError(f'{len(y)} classes and {len(c)} codes: give one code for each image, and some images.')
+    if len(y) != len(c) or len(y) == 0:
+        raise ValueError(f'{len(y)} classes and {len(c)} codes: '
+                         'give one code for each image, and some images.')
     n = contingency_matrix(y, c)
     return n[linear_sum_assignment(n, maximize=True)].sum()/n.sum()
 
 # %% ../nbs/07_joint_vae.ipynb #2d987a32
 def purity(y, c):
-    "Share of images whose class `y` (N,) is the most frequent one of their code `c` (N,): at least `unsupervised_accuracy`, at most 1."
+    """Share of images whose class `y` (N,) is the most frequent one of their code `c` (N,):
+    at least `unsupervised_accuracy`, at most 1."""
     n = contingency_matrix(y, c)
     return n.max(0).sum()/n.sum()

@@ -11,19 +11,24 @@ import torch
 
 # %% ../nbs/03_reparameterization.ipynb #cd0a00e4
 def score_gradient(f, q, phi, baseline=0.):
-    """One-sample score-function estimates, equation (2.6), of the gradient of E[f(z)], one per row of `q`.
+    """One-sample score-function estimates, equation (2.6), of the gradient of E[f(z)],
+    one per row of `q`.
 
-    `f` maps samples of `q` to (n,); `q` is a distribution of batch shape (n,), built row by row from `phi`, (n, ...).
-    `baseline`, a scalar or (n,), is subtracted from f(z) and must not depend on z. Returns the shape of `phi`."""
+    `f` maps samples of `q` to (n,);
+    `q` is a distribution of batch shape (n,), built row by row from `phi`, (n, ...).
+    `baseline`, a scalar or (n,), is subtracted from f(z) and must not depend on z.
+    Returns the shape of `phi`."""
     z = q.sample()
     weight = f(z).detach() - baseline
     return torch.autograd.grad((weight * q.log_prob(z)).sum(), phi, retain_graph=True)[0]
 
 # %% ../nbs/03_reparameterization.ipynb #85a2c48f
 def score_variance(a, b, H, sigma, baseline=0.):
-    """Variance (D,) of one sample of the score-function gradient for the mean of N(mu, diag(sigma**2)), equation (3.5).
+    """Variance (D,) of one sample of the score-function gradient
+    for the mean of N(mu, diag(sigma**2)), equation (3.5).
 
-    f(z) = a + b.u + u.H.u/2 with u = z - mu: value `a`, gradient `b` (D,) and Hessian `H` (D, D) of f at mu;
+    f(z) = a + b.u + u.H.u/2 with u = z - mu:
+    value `a`, gradient `b` (D,) and Hessian `H` (D, D) of f at mu;
     standard deviations `sigma` (D,). `baseline`, a scalar or (D,), is subtracted from f."""
     S, h = sigma**2, H.diagonal()
     mean = a + (h @ S)/2 - baseline
@@ -32,7 +37,8 @@ def score_variance(a, b, H, sigma, baseline=0.):
 
 # %% ../nbs/03_reparameterization.ipynb #5edf9f22
 def optimal_baseline(a, H, sigma):
-    """The baselines (D,) that minimise `score_variance`, one per coordinate: E[f s^2]/E[s^2], equation (3.7).
+    """The baselines (D,) that minimise `score_variance`, one per coordinate:
+    E[f s^2]/E[s^2], equation (3.7).
 
     `a`, `H` (D, D): value and Hessian of f at mu; `sigma` (D,): standard deviations of q."""
     S, h = sigma**2, H.diagonal()
@@ -40,54 +46,67 @@ def optimal_baseline(a, H, sigma):
 
 # %% ../nbs/03_reparameterization.ipynb #22b8d544
 def leave_one_out(f):
-    "For values `f` (L, ...) the mean of the other L - 1, a baseline for each; same shape. ValueError if L < 2."
+    """For values `f` (L, ...) the mean of the other L - 1, a baseline for each; same shape.
+    ValueError if L < 2."""
     if len(f) < 2: raise ValueError(f'leave_one_out needs at least 2 samples, got {len(f)}')
     return (f.sum(0) - f) / (len(f) - 1)
 
 # %% ../nbs/03_reparameterization.ipynb #d1ef3340
 def pathwise_gradient(f, q, phi):
-    """One-sample pathwise estimates, equation (3.10), of the gradient of E[f(z)], one per row of `q`.
+    """One-sample pathwise estimates, equation (3.10), of the gradient of E[f(z)],
+    one per row of `q`.
 
-    Arguments and result as in `score_gradient`; `q` needs `rsample`, `f` must be differentiable and free of jumps."""
+    Arguments and result as in `score_gradient`;
+    `q` needs `rsample`, `f` must be differentiable and free of jumps."""
     return torch.autograd.grad(f(q.rsample()).sum(), phi, retain_graph=True)[0]
 
 # %% ../nbs/03_reparameterization.ipynb #94d1fbd4
 def pathwise_variance(H, sigma):
-    """Variance (D,) of one sample of the pathwise gradient for the mean of N(mu, diag(sigma**2)), equation (3.11).
+    """Variance (D,) of one sample of the pathwise gradient for the mean of N(mu, diag(sigma**2)),
+    equation (3.11).
 
     `H` (D, D): the Hessian of the quadratic f; `sigma` (D,): standard deviations of q."""
     return H**2 @ sigma**2
 
 # %% ../nbs/03_reparameterization.ipynb #18a9b741
 def surrogate_gradient(f, h, q, phi):
-    """One-sample estimates of the gradient of E[f(z)] with a differentiable surrogate `h` for `f`, equation (3.13).
+    """One-sample estimates of the gradient of E[f(z)] with a differentiable surrogate `h` for `f`,
+    equation (3.13).
 
-    Unbiased for every `h`; `f` need not be differentiable. Otherwise as `score_gradient`; `q` needs `rsample`."""
+    Unbiased for every `h`; `f` need not be differentiable. Otherwise as `score_gradient`;
+    `q` needs `rsample`."""
     z = q.rsample()
     weight = (f(z) - h(z)).detach()
-    return torch.autograd.grad((weight*q.log_prob(z.detach()) + h(z)).sum(), phi, retain_graph=True)[0]
+    return torch.autograd.grad((weight*q.log_prob(z.detach()) + h(z)).sum(),
+                               phi, retain_graph=True)[0]
 
 # %% ../nbs/03_reparameterization.ipynb #0ac66859
 def minibatch_bound(log_lik, kl):
     """The minibatch estimate of the bound, equation (2.7), in nats per image: a scalar.
 
-    `log_lik` (L, M): log p(x|z) of L posterior samples for each of M images; `kl` (M,): the KL of each posterior."""
+    `log_lik` (L, M): log p(x|z) of L posterior samples for each of M images;
+    `kl` (M,): the KL of each posterior."""
     return (log_lik.mean(0) - kl).mean()
 
 # %% ../nbs/03_reparameterization.ipynb #5b975b95
 def gradient_variance(V_data, V_noise, M, L=1, N=None):
-    """Variance of the minibatch gradient of (2.7), equations (3.16) and, if the data set's size `N` is given, (3.17).
+    """Variance of the minibatch gradient of (2.7), equations (3.16) and,
+    if the data set's size `N` is given, (3.17).
 
-    `V_data`, `V_noise`: variance between images of the mean gradient, and mean variance within an image, any shape.
-    `M` images (without replacement if `N` is given: then N >= 2, M <= N) with `L` posterior samples each."""
+    `V_data`, `V_noise`: variance between images of the mean gradient,
+    and mean variance within an image, any shape.
+    `M` images with `L` posterior samples each
+    (without replacement if `N` is given: then N >= 2, M <= N)."""
     finite = 1 if N is None else (N - M)/(N - 1)
     return (V_data*finite + V_noise/L) / M
 
 # %% ../nbs/03_reparameterization.ipynb #5e7c0766
 def variance_parts(g):
-    """Unbiased estimates (V_data, V_noise) of the parts of (3.16), each of shape (...), from gradients `g` (N, S, ...).
+    """Unbiased estimates (V_data, V_noise) of the parts of (3.16), each of shape (...),
+    from gradients `g` (N, S, ...).
 
-    S >= 2 noise samples for each of the N images of the data set; V_data can come out slightly negative."""
+    S >= 2 noise samples for each of the N images of the data set;
+    V_data can come out slightly negative."""
     N, S = g.shape[:2]
     V_noise = g.var(1).mean(0)
     return g.mean(1).var(0, correction=0) - (1 - 1/N)*V_noise/S, V_noise

@@ -18,35 +18,41 @@ from torch.nn.functional import softplus
 from .vae import Terms, kl
 
 # %% ../nbs/08_total_correlation.ipynb #69b70750
-def gaussian_decomposition(means_cov, # (D, D): covariance over the data of the posteriors' means, which are centred Gaussian
+def gaussian_decomposition(means_cov, # (D, D): covariance of the posteriors' centred Gaussian means
                            var): # (D,): the variances that all posteriors share
-    "MI, TC and DW (8.3), in nats, of posteriors N(m, diag(var)) with m ~ N(0, means_cov): three scalars, all >= 0."
+    """MI, TC and DW (8.3), in nats, of posteriors N(m, diag(var)) with m ~ N(0, means_cov):
+    three scalars, all >= 0."""
     C = means_cov + torch.diag(var)
     log_det, log_diag = C.logdet(), C.diagonal().log().sum()
-    return (log_det - var.log().sum())/2, (log_diag - log_det)/2, (C.diagonal() - 1).sum()/2 - log_diag/2
+    return ((log_det - var.log().sum())/2, (log_diag - log_det)/2,
+            (C.diagonal() - 1).sum()/2 - log_diag/2)
 
 # %% ../nbs/08_total_correlation.ipynb #84c5546c
 def log_aggregate(z, # (B, D): codes
                   q, # Normal, (N, D): the components of the mixture
                   log_w): # logarithms of their weights, broadcastable to (B, N)
-    "Logarithms of the mixture's density at z, (B,), and of its marginals, (B, D): equation (8.4), in nats."
+    """Logarithms of the mixture's density at z, (B,), and of its marginals, (B, D):
+    equation (8.4), in nats."""
     pair = q.log_prob(z[:, None])                                     # (B, N, D)
     return (log_w + pair.sum(-1)).logsumexp(1), (log_w[..., None] + pair).logsumexp(1)
 
 # %% ../nbs/08_total_correlation.ipynb #52c4b0f0
 def kl_terms(z, # (B, D): codes
              q, # Normal, (B, D): the posterior from which each was drawn
-             mixture, log_w): # as in `log_aggregate`: the components of q(z), (N, D), and the logarithms of their weights
-    "MI, TC and DW of (8.2) at each code, in nats: (3, B). They sum to log q(z|x) - log p(z); single values may be negative."
+             mixture, log_w): # components of q(z), (N, D), and log weights, as in `log_aggregate`
+    """MI, TC and DW of (8.2) at each code, in nats: (3, B). They sum to log q(z|x) - log p(z);
+    single values may be negative."""
     joint, marginals = log_aggregate(z, mixture, log_w)
     product, prior = marginals.sum(-1), Normal(0., 1.).log_prob(z).sum(-1)
     return torch.stack([q.log_prob(z).sum(-1) - joint, joint - product, product - prior])
 
 # %% ../nbs/08_total_correlation.ipynb #b03f836a
 def stratified_weights(B, N):
-    """The weights (8.6) of minibatch-stratified sampling for a batch of `B` of `N` images, 2 <= B <= N: (B, B), rows sum to 1.
+    """The weights (8.6) of minibatch-stratified sampling for a batch of `B` of `N` images,
+    2 <= B <= N: (B, B), rows sum to 1.
 
-    1/N on the diagonal, (N - M)/(N M) to the right of it, cyclically, 1/M elsewhere, with M = B - 1. arXiv:1802.04942.
+    1/N on the diagonal, (N - M)/(N M) to the right of it, cyclically, 1/M elsewhere,
+    with M = B - 1. arXiv:1802.04942.
     Raises ValueError for other B."""
     if not 2 <= B <= N: raise ValueError(f'a batch of {B} out of {N} images: need 2 <= B <= N')
     M, i = B - 1, torch.arange(B)
@@ -60,14 +66,17 @@ def stratified_weights(B, N):
 def measured_terms(q, # Normal, (N, D): the posteriors of ALL images
                    samples=1000, # how many codes, one each of so many different images, at most N
                    at_once=50): # codes at a time; memory is at_once*N*D numbers
-    "MI, TC and DW of (8.2) at `samples` codes, in nats, with the exact mixture over all N images: (3, samples). Their means estimate (8.2)."
+    """MI, TC and DW of (8.2) at `samples` codes, in nats,
+    with the exact mixture over all N images: (3, samples). Their means estimate (8.2)."""
     z, log_w = q.sample(), torch.tensor(-math.log(len(q.loc)))
-    own = torch.randperm(len(z)).split(at_once) if samples >= len(z) else torch.randperm(len(z))[:samples].split(at_once)
+    own = (torch.randperm(len(z)).split(at_once) if samples >= len(z)
+           else torch.randperm(len(z))[:samples].split(at_once))
     return torch.cat([kl_terms(z[i], Normal(q.loc[i], q.scale[i]), q, log_w) for i in own], 1)
 
 # %% ../nbs/08_total_correlation.ipynb #118a3456
 def parts_with_code(model, x):
-    "What `parts` gives, together with what it was computed from: `q(z|x)` Normal (B, D), z (B, D), `rec`, `kl_z`, `kl_c`."
+    """What `parts` gives, together with what it was computed from: `q(z|x)` Normal (B, D),
+    z (B, D), `rec`, `kl_z`, `kl_c`."""
     q = model.posterior(x)
     code = q.rsample()
     return q.z, code[:, :q.z.loc.shape[-1]], -model.log_likelihood(x, code), *kl(q)
@@ -80,10 +89,13 @@ def log_stratified_weights(B, N, device):
 
 # %% ../nbs/08_total_correlation.ipynb #b6e4cc93
 def tc_vae(model, x, step=0, *, beta, n_data):
-    """The beta-TCVAE objective, minus (8.10), of a batch of B >= 2 different images as `Terms`, in nats.
+    """The beta-TCVAE objective, minus (8.10), of a batch of B >= 2 different images as `Terms`,
+    in nats.
 
-    TC is estimated by minibatch-stratified sampling (8.6) for a data set of `n_data` >= B images, and is biased, (8.8).
-    `beta` >= 0; 1 gives the evidence lower bound. `loss` = rec + KL_z + (beta - 1) TC + KL_c. `step` is not used. arXiv:1802.04942."""
+    TC is estimated by minibatch-stratified sampling (8.6) for a data set of `n_data` >= B images,
+    and is biased, (8.8).
+    `beta` >= 0; 1 gives the evidence lower bound. `loss` = rec + KL_z + (beta - 1) TC + KL_c.
+    `step` is not used. arXiv:1802.04942."""
     q, z, rec, kl_z, kl_c = parts_with_code(model, x)
     log_w = log_stratified_weights(len(x), n_data, z.device)
     tc = kl_terms(z, q, q, log_w)[1]
@@ -91,35 +103,41 @@ def tc_vae(model, x, step=0, *, beta, n_data):
 
 # %% ../nbs/08_total_correlation.ipynb #2f1c72e7
 def discriminator(n_z, width=128, depth=3):
-    "A network from codes (B, n_z) to one logit each, (B,), for `density_ratio_loss`: `depth` dense layers, leaky ReLUs of slope 0.2."
+    """A network from codes (B, n_z) to one logit each, (B,), for `density_ratio_loss`:
+    `depth` dense layers, leaky ReLUs of slope 0.2."""
     widths = [n_z] + depth*[width]
     layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), nn.LeakyReLU(.2))]
     return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
 
 # %% ../nbs/08_total_correlation.ipynb #ff067458
 def density_ratio_loss(d, z, independent):
-    """The cross-entropy (8.11) of the classifier `d`, logits > 0 for codes `z` (B, D), < 0 for codes `independent` (B', D), in nats.
+    """The cross-entropy (8.11) of the classifier `d`, logits > 0 for codes `z` (B, D),
+    < 0 for codes `independent` (B', D), in nats.
 
     log 2 at chance; the best d is log q(z) - log prod_d q(z_d)."""
     return (softplus(-d(z)).mean() + softplus(d(independent)).mean())/2
 
 # %% ../nbs/08_total_correlation.ipynb #527822af
 def permute_latents(z):
-    "Codes z (B, D) with each latent permuted over the batch by a permutation of its own: approximately a sample of prod_d q(z_d)."
+    """Codes z (B, D) with each latent permuted over the batch by a permutation of its own:
+    approximately a sample of prod_d q(z_d)."""
     return z.gather(0, torch.rand_like(z).argsort(0))
 
 # %% ../nbs/08_total_correlation.ipynb #4df8c209
 def with_discriminator(model, **kw):
-    "Give `model` (with `n_z` latents) a submodule `discriminator`, see there for `kw`, for `factor_vae`, and return it. It counts among the parameters."
+    """Give `model` (with `n_z` latents) a submodule `discriminator`, see there for `kw`,
+    for `factor_vae`, and return it. It counts among the parameters."""
     model.discriminator = discriminator(model.n_z, **kw)
     return model
 
 # %% ../nbs/08_total_correlation.ipynb #70b8cdae
 def factor_vae(model, x, step=0, *, gamma):
-    """The FactorVAE objective of images x, B >= 4, as `Terms`, in nats, for a model `with_discriminator`.
+    """The FactorVAE objective of images x, B >= 4, as `Terms`, in nats,
+    for a model `with_discriminator`.
 
-    `loss` = rec + KL_z + gamma * mean logit + KL_c, plus the classifier's cross-entropy (8.11), (8.16): each part has gradients for its own
-    parameters only. The classifier compares the first half of the batch with the permuted second half. `step` is not used. arXiv:1802.05983."""
+    `loss` = rec + KL_z + gamma * mean logit + KL_c, plus the classifier's cross-entropy (8.11),
+    (8.16): each part has gradients for its own parameters only. The classifier compares the first
+    half of the batch with the permuted second half. `step` is not used. arXiv:1802.05983."""
     _, z, rec, kl_z, kl_c = parts_with_code(model, x)
     fixed = {k: p.detach() for k, p in model.discriminator.named_parameters()}
     tc = functional_call(model.discriminator, fixed, (z,))

@@ -22,67 +22,82 @@ def grid(images):
 
 # %% ../nbs/11_traversals.ipynb #ddc5e387
 def show_grid(images, rows=None, title=None, ax=None, scale=.35):
-    "Draw images (R, C, channels, H, W) on `ax`, or on a new figure, with `rows` as names of the rows; the axes."
+    """Draw images (R, C, channels, H, W) on `ax`, or on a new figure,
+    with `rows` as names of the rows; the axes."""
     r, c = images.shape[:2]
     ax = ax or plt.subplots(figsize=(c*scale + 1, r*scale + .3))[1]
     ax.imshow(grid(images).squeeze(-1).detach().cpu().numpy(), cmap='gray', vmin=0, vmax=1)
-    ax.set(xticks=[], yticks=[(i + .5)*images.shape[-2] for i in range(r)] if rows else [], yticklabels=rows or [], title=title or '')
+    ax.set(xticks=[], yticks=[(i + .5)*images.shape[-2] for i in range(r)] if rows else [],
+           yticklabels=rows or [], title=title or '')
     ax.tick_params(length=0)
     return ax
 
 # %% ../nbs/11_traversals.ipynb #b208241c
 def reconstructions(model, x):
     "Images x (B, ...) above their reconstructions: (2, B, channels, H, W)."
-    with torch.no_grad(): return torch.stack([x, model(x)])
+    with torch.no_grad():
+        return torch.stack([x, model(x)])
 
 # %% ../nbs/11_traversals.ipynb #aede4b60
 def kl_per_latent(model, x):
-    "Mean KL over images x of each continuous latent, (D,), and of the categorical, a number; in nats."
-    with torch.no_grad(): kl_z, kl_c = kl(model.posterior(x))
+    """Mean KL over images x, in nats: of each continuous latent, (D,),
+    and of the categorical, a number."""
+    with torch.no_grad():
+        kl_z, kl_c = kl(model.posterior(x))
     return kl_z.mean(0), kl_c.mean().item()
 
 # %% ../nbs/11_traversals.ipynb #108e2b96
 def along(model, code, j, values):
-    "Decoded images (len(values), ...) of one code (1, D + K) with its coordinate `j` set to each of `values`."
+    """Decoded images (len(values), ...) of one code (1, D + K)
+    with its coordinate `j` set to each of `values`."""
     codes = code.repeat(len(values), 1)
     codes[:, j] = torch.as_tensor(values, dtype=code.dtype)
-    with torch.no_grad(): return model.decode(codes)
+    with torch.no_grad():
+        return model.decode(codes)
 
 # %% ../nbs/11_traversals.ipynb #4f151191
 def across(model, code):
-    "Decoded images (K, ...) of one code (1, D + K) with its categorical set to each of the K classes."
+    """Decoded images (K, ...) of one code (1, D + K)
+    with its categorical set to each of the K classes."""
     codes = torch.cat([code[:, :model.n_z].expand(model.n_c, -1), torch.eye(model.n_c)], -1)
-    with torch.no_grad(): return model.decode(codes)
+    with torch.no_grad():
+        return model.decode(codes)
 
 # %% ../nbs/11_traversals.ipynb #9de7ff14
 def traversal(model, x, j, values):
     "`along` the coordinate `j` from the code of one image x (1, ...)."
     return along(model, model.posterior(x).mode, j, values)
 
+# %% ../nbs/11_traversals.ipynb #cd3d863a
 def categories(model, x):
     "`across` the categorical from the code of one image x (1, ...)."
     return across(model, model.posterior(x).mode)
 
 # %% ../nbs/11_traversals.ipynb #08a044c3
 def traversals(model, x, n=10, ax=None, title=None, over=None):
-    """Draw the traversals of one image x (1, ...): a row per continuous latent, named with its KL in nats, most informative first, and one for
-    the categorical. KL: mean over images `over` (B, ...), or that of x alone."""
+    """Draw the traversals of one image x (1, ...): a row per continuous latent,
+    named with its KL in nats, most informative first, and one for the categorical.
+    KL: mean over images `over` (B, ...), or that of x alone."""
     kl_z, kl_c = kl_per_latent(model, x if over is None else over)
     order = kl_z.argsort(descending=True).tolist()
     images = [traversal(model, x, j, torch.linspace(-3, 3, n)) for j in order]
     rows = [f'z{j} {kl_z[j]:5.2f}' for j in order]
-    if model.n_c == n: images, rows = images + [categories(model, x)], rows + [f'c {kl_c:5.2f}']
+    if model.n_c == n:
+        images += [categories(model, x)]
+        rows += [f'c {kl_c:5.2f}']
     return show_grid(torch.stack(images), rows, title, ax)
 
 # %% ../nbs/11_traversals.ipynb #066735f2
 def prior_codes(model, n):
     "`n` codes from the prior: z from N(0, I), c uniform; (n, D + K)."
     z = torch.randn(n, model.n_z)
-    return torch.cat([z, torch.eye(model.n_c)[torch.randint(model.n_c, (n,))]], -1) if model.n_c else z
+    return (torch.cat([z, torch.eye(model.n_c)[torch.randint(model.n_c, (n,))]], -1)
+            if model.n_c else z)
 
 # %% ../nbs/11_traversals.ipynb #f3d88a2a
 def strip(images, scale=1):
-    "Images (n, channels, H, W) in [0, 1], grey or RGB, side by side, each pixel `scale` x `scale`: a PIL image."
+    """Images (n, channels, H, W) in [0, 1], grey or RGB, side by side,
+    each pixel `scale` x `scale`: a PIL image."""
     a = (grid(images[None]).clamp(0, 1)*255).round().byte().squeeze(-1).numpy()
     return Image.fromarray(a).resize((a.shape[1]*scale, a.shape[0]*scale), Image.Resampling.NEAREST)
 
@@ -92,8 +107,10 @@ def stacked(pictures, gap=6, across=False):
     i = 0 if across else 1
     at = [sum(p.size[i] + gap for p in pictures[:k]) for k in range(len(pictures) + 1)]
     wide = max(p.size[1 - i] for p in pictures)
-    out = Image.new(max(p.mode for p in pictures), (at[-1] - gap, wide) if across else (wide, at[-1] - gap), 'white')
-    for p, a in zip(pictures, at): out.paste(p, (a, 0) if across else (0, a))
+    size = (at[-1] - gap, wide) if across else (wide, at[-1] - gap)
+    out = Image.new(max(p.mode for p in pictures), size, 'white')
+    for p, a in zip(pictures, at):
+        out.paste(p, (a, 0) if across else (0, a))
     return out
 
 # %% ../nbs/11_traversals.ipynb #55445938
@@ -103,33 +120,65 @@ def png(picture):
     picture.save(file, 'PNG', compress_level=1)
     return file.getvalue()
 
-# %% ../nbs/11_traversals.ipynb #992b54d2
-class LatentExplorer:
-    """A slider for every continuous latent, most informative first, buttons for the categorical, and what the decoder makes of them, live.
+# %% ../nbs/11_traversals.ipynb #4c30f535
+class ExplorerControls:
+    "The controls of a `LatentExplorer`, and how they are laid out."
+    def __init__(self, names, n_images, index, n_z, n_c):
+        style = {'description_width': '8em'}
+        wide = widgets.Layout(width='26em')
+        self.name = widgets.ToggleButtons(options=names, description='model',
+                                          style={'button_width': '9em'})
+        self.index = widgets.IntSlider(index, 0, n_images - 1, description='test image',
+                                       style=style, layout=wide)
+        self.sliders = [widgets.FloatSlider(min=-5, max=5, step=.1, readout_format='.1f',
+                                            style=style, layout=wide) for _ in range(n_z)]
+        self.category = widgets.ToggleButtons(options=list(range(n_c)),
+                                              style={'button_width': '2.6em'})
+        self.upload = widgets.FileUpload(accept='image/*', description='a digit of your own',
+                                         layout=widgets.Layout(width='auto'))
+        self.reset = widgets.Button(description='reset')
+        self.save = widgets.Button(description='save PNG')
+        self.image = widgets.Image(format='png', layout=widgets.Layout(width='40em'))
+        self.note = widgets.Label()
+        left = widgets.VBox([self.index, *self.sliders])
+        buttons = widgets.HBox([self.reset, self.save, self.upload])
+        right = widgets.VBox([self.image, self.note, self.category, buttons])
+        self.box = widgets.VBox([self.name, widgets.HBox([left, right])])
 
-    `models`: a `VAE` or a dict of them by name, with latents of the same number; `data`: an `ImageData`; `index`: the image to start from.
-    `.box` is what to display, `.image` the picture, a PNG; `.sliders`, `.category`, `.name`, `.index`, `.upload`, `.reset` and `.save` are the controls."""
-    def __init__(self, models, data, index=0):
-        self.models, self.data, self.quiet = models if isinstance(models, dict) else {'model': models}, data, True
-        self.kl = {n: kl_per_latent(m, pixels(data.x[:500])) for n, m in self.models.items()}
-        first, style, wide = next(iter(self.models.values())), {'description_width': '8em'}, widgets.Layout(width='26em')
-        self.name = widgets.ToggleButtons(options=list(self.models), description='model', style={'button_width': '9em'})
-        self.index = widgets.IntSlider(index, 0, len(data.x) - 1, description='test image', style=style, layout=wide)
-        self.sliders = [widgets.FloatSlider(min=-5, max=5, step=.1, readout_format='.1f', style=style, layout=wide) for _ in range(first.n_z)]
-        self.category = widgets.ToggleButtons(options=list(range(first.n_c)), style={'button_width': '2.6em'})
-        self.upload = widgets.FileUpload(accept='image/*', description='a digit of your own', layout=widgets.Layout(width='auto'))
-        self.reset, self.save = widgets.Button(description='reset'), widgets.Button(description='save PNG')
-        self.image, self.note, self.moved = widgets.Image(format='png', layout=widgets.Layout(width='40em')), widgets.Label(), self.sliders[0]
-        for c, f in {self.name: self.restart, self.index: self.pick, self.upload: self.take}.items(): c.observe(f, 'value')
-        for c in (*self.sliders, self.category): c.observe(self.touch, 'value')
-        self.reset.on_click(self.restart), self.save.on_click(self.keep)
-        right = widgets.VBox([self.image, self.note, self.category, widgets.HBox([self.reset, self.save, self.upload])])
-        self.box = widgets.VBox([self.name, widgets.HBox([widgets.VBox([self.index, *self.sliders]), right])])
-        self.pick()
-
+# %% ../nbs/11_traversals.ipynb #966e7840
+class ExplorerPicture(ExplorerControls):
+    "What the controls of a `LatentExplorer` say, as a code and as a picture."
     model = property(lambda self: self.models[self.name.value])
     order = property(lambda self: self.kl[self.name.value][0].argsort(descending=True).tolist())
 
+    @property
+    def code(self):
+        "What sliders and buttons say, (1, D + K)."
+        z = torch.empty(1, self.model.n_z)
+        z[0, self.order] = torch.tensor([s.value for s in self.sliders])
+        if not self.model.n_c: return z
+        return torch.cat([z, torch.eye(self.model.n_c)[[self.category.index]]], -1)
+
+    def show(self):
+        "Draw image, reconstruction and the traversal along what was moved last."
+        code, c = self.code, self.moved is self.category
+        j = None if c else self.order[self.sliders.index(self.moved)]
+        walk = (across(self.model, code) if c
+                else along(self.model, code, j, torch.linspace(-3, 3, 10)))
+        with torch.no_grad():
+            top = torch.cat([self.x, self.model.decode(code)])
+        self.image.value = png(stacked([strip(top, 5), strip(walk)]))
+        below = 'c = 0 to 9.' if c else f'z{j} = -3 to 3.'
+        self.note.value = 'Above: the image, and what the sliders say. Below: ' + below
+
+    def keep(self, *_):
+        "Write the picture to runs/explorer.png."
+        write(root()/'runs'/'explorer.png', self.image.value)
+        self.note.value = 'Saved as runs/explorer.png.'
+
+# %% ../nbs/11_traversals.ipynb #32b72b62
+class ExplorerEvents(ExplorerPicture):
+    "What happens when a control of a `LatentExplorer` is used."
     def pick(self, *_):
         "Look at the chosen test image."
         self.x = pixels(self.data.x[self.index.value][None])
@@ -138,44 +187,53 @@ class LatentExplorer:
     def take(self, *_):
         "Look at the uploaded picture, white on black, resized; a sentence if it is none."
         if not self.upload.value: return
-        try: own = Image.open(io.BytesIO(self.upload.value[0]['content'])).convert('L').resize(self.data.x.shape[:1:-1])
-        except OSError: self.note.value = 'This file is not a picture that can be read.'
+        try:
+            own = Image.open(io.BytesIO(self.upload.value[0]['content'])).convert('L')
+            own = own.resize(self.data.x.shape[:1:-1])
+        except OSError:
+            self.note.value = 'This file is not a picture that can be read.'
         else:
             self.x = pixels(torch.from_numpy(np.array(own))[None, None])
             self.restart()
 
-    @property
-    def code(self):
-        "What sliders and buttons say, (1, D + K)."
-        z = torch.empty(1, self.model.n_z)
-        z[0, self.order] = torch.tensor([s.value for s in self.sliders])
-        return torch.cat([z, torch.eye(self.model.n_c)[[self.category.index]]], -1) if self.model.n_c else z
-
     def restart(self, *_):
         "Back to the code of the image; each slider is named with its latent and its KL."
         self.quiet, (kl_z, kl_c) = True, self.kl[self.name.value]
-        with torch.no_grad(): code = self.model.posterior(self.x).mode[0]
-        for s, j in zip(self.sliders, self.order): s.description, s.value = f'z{j}: {kl_z[j]:.2f} nats', code[j].item()
-        if self.model.n_c: self.category.index = code[self.model.n_z:].argmax().item()
+        with torch.no_grad():
+            code = self.model.posterior(self.x).mode[0]
+        for s, j in zip(self.sliders, self.order):
+            s.description, s.value = f'z{j}: {kl_z[j]:.2f} nats', code[j].item()
+        if self.model.n_c:
+            self.category.index = code[self.model.n_z:].argmax().item()
         self.category.description, self.quiet = f'c: {kl_c:.2f} nats', False
         self.show()
+
+# %% ../nbs/11_traversals.ipynb #992b54d2
+class LatentExplorer(ExplorerEvents):
+    """A slider for every continuous latent, most informative first, buttons for the categorical,
+    and what the decoder makes of them, live.
+
+    `models`: a `VAE` or a dict of them by name, with latents of the same number;
+    `data`: an `ImageData`; `index`: the image to start from.
+    `.box` is what to display, `.image` the picture, a PNG; `.sliders`, `.category`, `.name`,
+    `.index`, `.upload`, `.reset` and `.save` are the controls."""
+    def __init__(self, models, data, index=0):
+        self.models = models if isinstance(models, dict) else {'model': models}
+        self.data, self.quiet = data, True
+        self.kl = {n: kl_per_latent(m, pixels(data.x[:500])) for n, m in self.models.items()}
+        first = next(iter(self.models.values()))
+        super().__init__(list(self.models), len(data.x), index, first.n_z, first.n_c)
+        self.moved = self.sliders[0]
+        for c, f in ((self.name, self.restart), (self.index, self.pick), (self.upload, self.take)):
+            c.observe(f, 'value')
+        for c in (*self.sliders, self.category):
+            c.observe(self.touch, 'value')
+        self.reset.on_click(self.restart)
+        self.save.on_click(self.keep)
+        self.pick()
 
     def touch(self, change):
         "A slider or a button was moved."
         if self.quiet: return
         self.moved = change.owner
         self.show()
-
-    def show(self):
-        "Draw image, reconstruction and the traversal along what was moved last."
-        code, c = self.code, self.moved is self.category
-        j = None if c else self.order[self.sliders.index(self.moved)]
-        walk = across(self.model, code) if c else along(self.model, code, j, torch.linspace(-3, 3, 10))
-        with torch.no_grad(): top = torch.cat([self.x, self.model.decode(code)])
-        self.image.value = png(stacked([strip(top, 5), strip(walk)]))
-        self.note.value = 'Above: the image, and what the sliders say. Below: ' + ('c = 0 to 9.' if c else f'z{j} = -3 to 3.')
-
-    def keep(self, *_):
-        "Write the picture to runs/explorer.png."
-        write(root()/'runs'/'explorer.png', self.image.value)
-        self.note.value = 'Saved as runs/explorer.png.'

@@ -12,20 +12,23 @@ import math
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
-from torch.distributions import (Bernoulli, ContinuousBernoulli, Independent, Normal, OneHotCategorical, RelaxedOneHotCategorical,
+from torch.distributions import (Bernoulli, ContinuousBernoulli, Independent, Normal,
+                                 OneHotCategorical, RelaxedOneHotCategorical,
                                  kl_divergence)
 from .elbo import iwae_bound
 
 # %% ../nbs/04_vae.ipynb #f1cae9c3
 def gaussian_kl(mu, lv, # mean and log variance of q, any shape
-                mu_p=0., lv_p=0.): # mean and log variance of p, numbers or tensors that broadcast; default N(0, 1)
-    "KL of N(mu, exp(lv)) to N(mu_p, exp(lv_p)), equation (4.2), one number per latent, in nats: sum them over the latents, (4.3)."
+                mu_p=0., lv_p=0.): # of p: numbers or tensors that broadcast; default N(0, 1)
+    """KL of N(mu, exp(lv)) to N(mu_p, exp(lv_p)), equation (4.2), one number per latent, in nats:
+    sum them over the latents, (4.3)."""
     d, lv_p = lv - lv_p, torch.as_tensor(lv_p)
     return (torch.expm1(d) - d + (mu - mu_p)**2*torch.exp(-lv_p))/2
 
 # %% ../nbs/04_vae.ipynb #2795d430
 class Posterior(NamedTuple):
-    """q(z, c|x) of a batch: independent Gaussians `z`, shape (B, D), and a categorical `c`, one-hot of shape (B, K), or None.
+    """q(z, c|x) of a batch: independent Gaussians `z`, shape (B, D), and a categorical `c`,
+    one-hot of shape (B, K), or None.
     A *code* is z and c side by side, shape (B, D + K): what the decoder reads."""
     z: Normal
     c: OneHotCategorical | None = None
@@ -35,19 +38,22 @@ class Posterior(NamedTuple):
         "A random code through which gradients flow: c is relaxed at temperature `tau` (chapter 5)."
         z = self.z.rsample()
         if self.c is None: return z
-        return torch.cat([z, RelaxedOneHotCategorical(self.tau, logits=self.c.logits, validate_args=False).rsample()], -1)
+        relaxed = RelaxedOneHotCategorical(self.tau, logits=self.c.logits, validate_args=False)
+        return torch.cat([z, relaxed.rsample()], -1)
     def sample(self):
         "A random code as the model means it: c is exactly one-hot. No gradient."
         return torch.cat([d.sample() for d in (self.z, self.c) if d is not None], -1)
     @property
     def mode(self):
-        "The most likely code: the mean of z and the arg-max of c. Deterministic; what evaluation uses."
+        "The most likely code: the mean of z and the arg-max of c. Deterministic; for evaluation."
         return torch.cat([d.mode for d in (self.z, self.c) if d is not None], -1)
 
 # %% ../nbs/04_vae.ipynb #bb87c56f
 def kl(q):
-    "KL of a `Posterior` to the prior N(0, I) x uniform, in nats: per latent of z, (B, D), and of c, (B,) (zero without c)."
-    mu, sharp = q.z.loc, q.z.scale < 1e-15                                       # sigma^2 is about to vanish
+    """KL of a `Posterior` to the prior N(0, I) x uniform, in nats: per latent of z, (B, D),
+    and of c, (B,) (zero without c)."""
+    mu = q.z.loc  # sigma^2 is about to vanish
+    sharp = q.z.scale < 1e-15
     prior = Normal(torch.zeros_like(mu), torch.ones_like(mu), validate_args=False)
     kl_z = kl_divergence(Normal(mu, q.z.scale.masked_fill(sharp, 1.), validate_args=False), prior)
     kl_z = torch.where(sharp, kl_z - .5 - q.z.scale.log(), kl_z)
@@ -55,29 +61,35 @@ def kl(q):
     return kl_z, (q.c.probs*(q.c.logits + math.log(q.c.logits.shape[-1]))).sum(-1)
 
 # %% ../nbs/04_vae.ipynb #f62494da
-LIKELIHOODS = {                                                          # logits -> distribution of the pixels, same shape
-    'bernoulli': lambda logits: Bernoulli(logits=logits, validate_args=False),                    # admits grey values in [0, 1]
+LIKELIHOODS = {  # logits -> distribution of the pixels, same shape
+    # admits grey values in [0, 1]
+    'bernoulli': lambda logits: Bernoulli(logits=logits, validate_args=False),
     'continuous_bernoulli': lambda logits: ContinuousBernoulli(logits=logits, validate_args=False),
     'gaussian': lambda logits: Normal(logits.sigmoid(), 1., validate_args=False)}
 
 # %% ../nbs/04_vae.ipynb #c0efcdc7
 def pixel_entropy(x): # images (B, C, H, W), grey values in [0, 1]
-    "The floor under the Bernoulli loss, equation (4.11): the entropy of each image's pixels read as coins, in nats, (B,)."
+    """The floor under the Bernoulli loss, equation (4.11):
+    the entropy of each image's pixels read as coins, in nats, (B,)."""
     return (torch.special.entr(x) + torch.special.entr(1 - x)).sum((1, 2, 3))
 
 # %% ../nbs/04_vae.ipynb #b4cc7dd4
 def encoder(channels, size, n_out):
-    "Images (B, channels, size, size) to (B, n_out): a 4x4 stride-2 convolution per halving of the side down to 4, two dense layers."
+    """Images (B, channels, size, size) to (B, n_out):
+    a 4x4 stride-2 convolution per halving of the side down to 4, two dense layers."""
     widths = [channels, 32, 32] + [64]*(size.bit_length() - 5)
     convs = [m for i, o in zip(widths, widths[1:]) for m in (nn.Conv2d(i, o, 4, 2, 1), nn.ReLU())]
-    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(64*4*4, 128), nn.ReLU(), nn.Linear(128, n_out))
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(64*4*4, 128),
+                         nn.ReLU(), nn.Linear(128, n_out))
 
 # %% ../nbs/04_vae.ipynb #08bba753
 def decoder(channels, size, n_in):
     "Codes (B, n_in) to logits (B, channels, size, size): the mirror image of `encoder`."
     widths = [64]*(size.bit_length() - 5) + [32, 32, channels]
-    convs = [m for i, o in zip(widths, widths[1:]) for m in (nn.ReLU(), nn.ConvTranspose2d(i, o, 4, 2, 1))]
-    return nn.Sequential(nn.Linear(n_in, 128), nn.ReLU(), nn.Linear(128, 64*4*4), nn.Unflatten(1, (64, 4, 4)), *convs)
+    convs = [m for i, o in zip(widths, widths[1:])
+             for m in (nn.ReLU(), nn.ConvTranspose2d(i, o, 4, 2, 1))]
+    return nn.Sequential(nn.Linear(n_in, 128), nn.ReLU(), nn.Linear(128, 64*4*4),
+                         nn.Unflatten(1, (64, 4, 4)), *convs)
 
 # %% ../nbs/04_vae.ipynb #2c704ca9
 FILTERS = 128, 256, 512, 1024
@@ -92,45 +104,63 @@ def filters(size):
 
 # %% ../nbs/04_vae.ipynb #01f0599c
 def large_encoder(channels, size, n_out):
-    "Images (B, channels, size, size), size 32 or 64, to (B, n_out): a normed 4x4 stride-2 convolution per halving of the side down to 4, one dense layer."
+    """Images (B, channels, size, size), size 32 or 64, to (B, n_out):
+    a normed 4x4 stride-2 convolution per halving of the side down to 4, one dense layer."""
     widths = [channels, *filters(size)]
-    convs = [m for i, o in zip(widths, widths[1:]) for m in normed(nn.Conv2d(i, o, 4, 2, 1, bias=False), o)]
+    convs = [m for i, o in zip(widths, widths[1:])
+             for m in normed(nn.Conv2d(i, o, 4, 2, 1, bias=False), o)]
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(16*widths[-1], n_out))
 
 # %% ../nbs/04_vae.ipynb #21af64a2
 def large_decoder(channels, size, n_in):
-    "Codes (B, n_in) to logits (B, channels, size, size), size 32 or 64: each doubling of the side repeats pixels, then convolves."
+    """Codes (B, n_in) to logits (B, channels, size, size), size 32 or 64:
+    each doubling of the side repeats pixels, then convolves."""
     *widths, last = filters(size)[::-1]
-    convs = [m for i, o in zip(widths, [*widths[1:], last]) for m in (nn.Upsample(scale_factor=2), *normed(nn.Conv2d(i, o, 3, 1, 1, bias=False), o))]
-    return nn.Sequential(nn.Linear(n_in, 16*widths[0]), nn.Unflatten(1, (widths[0], 4, 4)), nn.BatchNorm2d(widths[0]), nn.LeakyReLU(.2), *convs,
+    convs = [m for i, o in zip(widths, [*widths[1:], last])
+             for m in (nn.Upsample(scale_factor=2),
+                       *normed(nn.Conv2d(i, o, 3, 1, 1, bias=False), o))]
+    return nn.Sequential(nn.Linear(n_in, 16*widths[0]), nn.Unflatten(1, (widths[0], 4, 4)),
+                         nn.BatchNorm2d(widths[0]), nn.LeakyReLU(.2), *convs,
                          nn.Upsample(scale_factor=2), nn.Conv2d(last, channels, 3, 1, 1))
 
 # %% ../nbs/04_vae.ipynb #8ff88c93
 NETWORKS = {'small': (encoder, decoder), 'large': (large_encoder, large_decoder)}
 
+# %% ../nbs/04_vae.ipynb #5680fa2a
+def check_vae(size, likelihood, network):
+    "ValueError unless there is such a `VAE`."
+    if size < 32 or size & (size - 1):
+        raise ValueError(f'size must be a power of two >= 32, not {size}')
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f'likelihood must be one of {", ".join(LIKELIHOODS)}, not {likelihood!r}')
+    if network not in NETWORKS or network == 'large' and size > 64:
+        raise ValueError('network must be small, or large for a size of at most 64, '
+                         f'not {network!r} for {size}')
+
 # %% ../nbs/04_vae.ipynb #42942d55
 class VAE(nn.Module):
-    """Encoder, decoder and likelihood for images (B, channels, size, size), size a power of two >= 32, grey values in [0, 1];
-    `n_z` Gaussian latents and, if `n_c` > 0, one `n_c`-way categorical, relaxed at temperature `tau` in training.
-    `likelihood` is a key of `LIKELIHOODS`, `network` one of `NETWORKS` ('large': size 32 or 64). ValueError for anything else."""
-    def __init__(self, n_z=10, n_c=0, channels=1, size=32, tau=.67, likelihood='bernoulli', network='small'):
+    """Encoder, decoder and likelihood for images (B, channels, size, size), grey values in [0, 1],
+    size a power of two >= 32; `n_z` Gaussian latents and, if `n_c` > 0, one `n_c`-way categorical,
+    relaxed at temperature `tau` in training. `likelihood` is a key of `LIKELIHOODS`,
+    `network` one of `NETWORKS` ('large': size 32 or 64). ValueError for anything else."""
+    def __init__(self, n_z=10, n_c=0, channels=1, size=32, tau=.67,
+                 likelihood='bernoulli', network='small'):
         super().__init__()
-        if size < 32 or size & (size - 1): raise ValueError(f'size must be a power of two >= 32, not {size}')
-        if likelihood not in LIKELIHOODS: raise ValueError(f'likelihood must be one of {", ".join(LIKELIHOODS)}, not {likelihood!r}')
-        if network not in NETWORKS or network == 'large' and size > 64: raise ValueError(f'network must be small, or large for a size of at most 64, not {network!r} for {size}')
+        check_vae(size, likelihood, network)
         self.n_z, self.n_c, self.tau, self.likelihood = n_z, n_c, tau, likelihood
         encoder, decoder = NETWORKS[network]
-        self.encoder, self.decoder = encoder(channels, size, 2*n_z + n_c), decoder(channels, size, n_z + n_c)
+        self.encoder = encoder(channels, size, 2*n_z + n_c)
+        self.decoder = decoder(channels, size, n_z + n_c)
 
     def encode(self, x):
-        "What the encoder emits: mean (B, n_z), log variance (B, n_z), unnormalised logits (B, n_c)."
+        "What the encoder emits: mean and log variance (B, n_z), unnormalised logits (B, n_c)."
         return self.encoder(x).float().split([self.n_z, self.n_z, self.n_c], -1)
 
     def posterior(self, x):
         "q(z, c|x) for images x: a `Posterior`."
         mu, lv, logits = self.encode(x)
         c = OneHotCategorical(logits=logits, validate_args=False) if self.n_c else None
-        return Posterior(Normal(mu, (lv/2).exp(), validate_args=False), c, self.tau)                  # sigma = exp(lv/2)
+        return Posterior(Normal(mu, (lv/2).exp(), validate_args=False), c, self.tau)  # sigma = exp(lv/2)
 
     def log_likelihood(self, x, code):
         "log p(x|code) in nats, summed over channels and pixels, (4.8): (B,)."
@@ -146,7 +176,8 @@ class VAE(nn.Module):
 
 # %% ../nbs/04_vae.ipynb #790c7e64
 class Terms(NamedTuple):
-    "What an objective says of a batch: `loss`, the scalar to minimise, and its parts per image, in nats."
+    """What an objective says of a batch: `loss`, the scalar to minimise,
+    and its parts per image, in nats."""
     loss: Tensor                                # scalar
     rec: Tensor                                 # -log p(x|code), (B,)
     kl_z: Tensor                                # KL of each continuous latent, (B, D)
@@ -154,7 +185,8 @@ class Terms(NamedTuple):
 
 # %% ../nbs/04_vae.ipynb #266746a0
 def parts(model, x):
-    "Reconstruction and KLs of images x under one sampled code: `rec` (B,), `kl_z` (B, D), `kl_c` (B,), in nats."
+    """Reconstruction and KLs of images x under one sampled code: `rec` (B,), `kl_z` (B, D),
+    `kl_c` (B,), in nats."""
     q = model.posterior(x)
     return -model.log_likelihood(x, q.rsample()), *kl(q)
 
@@ -167,9 +199,11 @@ def elbo(model, x, step=0):
 # %% ../nbs/04_vae.ipynb #9998e7ea
 @torch.no_grad()
 def log_importance_weights(model, x, K, at_once=4096):
-    """log p(x, code) - log q(code|x) for `K` random codes of each image, in nats: (K, B), codes with c exactly one-hot.
+    """log p(x, code) - log q(code|x) for `K` random codes of each image, in nats:
+    (K, B), codes with c exactly one-hot.
 
-    `model` needs `posterior` and `log_likelihood` as in `VAE`; it decodes about `at_once` images at a time, at least B."""
+    `model` needs `posterior` and `log_likelihood` as in `VAE`;
+    it decodes about `at_once` images at a time, at least B."""
     q = model.posterior(x)
     codes = z = q.z.sample((K,))
     log_w = (Normal(0., 1.).log_prob(z) - q.z.log_prob(z)).sum(-1)
@@ -177,11 +211,13 @@ def log_importance_weights(model, x, K, at_once=4096):
         c = q.c.sample((K,))
         codes, log_w = torch.cat([z, c], -1), log_w - math.log(c.shape[-1]) - q.c.log_prob(c)
     chunks = codes.split(max(1, at_once//len(x)))
-    log_lik = [model.log_likelihood(x.expand(len(k), *x.shape).flatten(0, 1), k.flatten(0, 1)) for k in chunks]
+    log_lik = [model.log_likelihood(x.expand(len(k), *x.shape).flatten(0, 1), k.flatten(0, 1))
+               for k in chunks]
     return log_w + torch.cat(log_lik).view(K, len(x))
 
 # %% ../nbs/04_vae.ipynb #1a126631
 def log_marginal(model, x, K=1000, at_once=4096):
-    """log p(x) of images x by `K` importance samples each, in nats: (B,). In expectation a lower bound that rises
-    with K, equation (2.5e) (arXiv:1509.00519). Other arguments as in `log_importance_weights`."""
+    """log p(x) of images x by `K` importance samples each, in nats: (B,).
+    In expectation a lower bound that rises with K, equation (2.5e) (arXiv:1509.00519).
+    Other arguments as in `log_importance_weights`."""
     return iwae_bound(log_importance_weights(model, x, K, at_once))
