@@ -215,9 +215,9 @@ def most_likely(l):
 
 # %% ../nbs/12_attacks.ipynb #2d25ad64
 class WithCode:
-    "`model` with a code that is chosen, `choose`: logits (B, ..., K) -> one-hot; what the encoder says is left in `.logits`."
-    def __init__(self, model, choose=most_likely):
-        self.model, self.choose = model, choose
+    "`model` with the most likely code instead of a distribution over codes; what the encoder says is left in `.logits`, (B, ..., K)."
+    def __init__(self, model):
+        self.model = model
     def __getattr__(self, name):
         return getattr(self.model, name)
     def encode(self, x):
@@ -227,7 +227,7 @@ class WithCode:
         q = self.model.posterior(x)
         if q.c is None: return q
         self.logits = q.c.logits
-        return q._replace(c=OneHotCategorical(probs=self.choose(self.logits), validate_args=False))
+        return q._replace(c=OneHotCategorical(probs=most_likely(self.logits), validate_args=False))
 
 # %% ../nbs/12_attacks.ipynb #a37d7cf3
 SLACK, FIRST = .5, 1e6                                        # kappa and M of (12.18)
@@ -252,9 +252,7 @@ def hard(preset, model, x, x_t, judge=None, make=None):
 def forced(preset, model, code, x, x_t, judge=None, make=None):
     "The objective (12.18) of an `AttackPreset` for one `code` of each image, one-hot, (B, ..., K)."
     reading = WithCode(model)
-    J = objective_of(plain(preset), reading, x, x_t, judge, make)
-    reading.choose = lambda l: code
-    return code_first(reading, code, J)
+    return code_first(reading, code, objective_of(plain(preset), reading, x, x_t, judge, make))
 
 # %% ../nbs/12_attacks.ipynb #d7955057
 def nearby(l, n):
