@@ -11,7 +11,7 @@ from vae_robust import robustness
 from vae_robust.data import ImageData, load
 from vae_robust.attacks import logits, means
 from vae_robust.robustness import (against_radius, agreement, auddc, blind_is_better, bootstrap, diagnose, in_training_mode, interval, jacobians, kept, left_the_ball,
-                                   margins, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, tally, together,
+                                   margins, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, t_interval, tally, together,
                                    transfer, welch, without_slope, worst)
 from vae_robust.robustness import NETWORKS, exchange_rates, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
 from vae_robust.settings import preset
@@ -233,6 +233,12 @@ def test_bootstrap_draws_classes_for_all_models_together():
 
 def test_one_seed_has_no_spread_over_seeds():
     assert np.ptp(bootstrap(np.ones((2, 1, 10)))[1]) < 1e-12
+
+
+def test_student_s_interval_by_its_formula_and_of_one_seed():
+    mean, low, high = t_interval([1., 2, 6], level=.9)
+    assert mean == 3 and np.allclose([mean - low, high - mean], student.ppf(.95, 2)*(14/2)**.5/3**.5)
+    assert t_interval([4])[0] == 4 and np.isnan(t_interval([4])[1:]).all()
 
 
 def test_welch_by_its_formula():

@@ -5,8 +5,8 @@ r"""Ten numbers draw a face, $x = f(k_1, \dots, k_{10})$: are the codes that kee
 # %% auto #0
 __all__ = ['images', 'MEASURES', 'face_images', 'face_model', 'face_models', 'portrait', 'dead', 'living', 'strongest',
            'attribute_judge', 'attribute_loss', 'train_attribute_judge', 'sees', 'flips', 'ratios', 'disagreement',
-           'through_judge', 'attacked_faces', 'face_pairs', 'trial', 'results', 'with_worst', 'by_seed', 'spread',
-           'differences', 'adversarial_faces', 'bars', 'areas', 'report']
+           'through_judge', 'attacked_faces', 'face_pairs', 'trial', 'results', 'with_worst', 'by_seed', 'differences',
+           'adversarial_faces', 'bars', 'areas', 'report']
 
 # %% ../nbs/15_celeba.ipynb #5b1e89fe
 import json, warnings
@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from joblib import Parallel, delayed
-from scipy.stats import t as student
 from torch import nn
 from torch.optim import Adam
 from tqdm.auto import tqdm
@@ -190,13 +189,6 @@ def by_seed(table):
     total = g[['kept', 'lost', 'differ', 'flipped']].sum()
     out = g[[*MEASURES[2:]]].mean()
     return out.assign(lost=100*total.lost/total.kept, flipped=100*total.flipped/total.differ)[[*MEASURES]].reset_index()
-
-# %% ../nbs/15_celeba.ipynb #416ecc5a
-def spread(v, level=.95):
-    "Mean of numbers `v`, one per seed, and the ends of Student's interval; nan with fewer than two."
-    v = np.asarray(v, float)
-    half = student.ppf((1 + level)/2, len(v) - 1)*v.std(ddof=1)/len(v)**.5 if len(v) > 1 else np.nan
-    return v.mean(), v.mean() - half, v.mean() + half
 
 # %% ../nbs/15_celeba.ipynb #4f20125d
 def differences(seeds, measure, a='disentangled', b='entangled'):

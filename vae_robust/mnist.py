@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['thesis', 'trained', 'judge_of', 'members', 'counted', 'on_all_cores', 'results', 'bound', 'portrait', 'portrayed',
-           'portraits', 'over_seeds', 'mean_of', 'summary', 'matrix', 'show_matrix', 'matrices', 'tables', 'beside',
+           'portraits', 'mean_of', 'summary', 'matrix', 'show_matrix', 'matrices', 'tables', 'beside',
            'adversarial_grid', 'report', 'side_by_side', 'pictures']
 
 # %% ../nbs/14_mnist.ipynb #d7565de9
@@ -12,12 +12,11 @@ import json, math
 from itertools import product
 from pathlib import Path
 import joblib, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from scipy import stats
 from tqdm.auto import tqdm
 from .attacks import attack
 from .data import load, pixels
 from .joint_vae import unsupervised_accuracy
-from .robustness import cell, evaluate, judged, mean_rate, pairs, pretrained_judge, rates, reconstruct, train_judge
+from .robustness import cell, evaluate, judged, mean_rate, pairs, pretrained_judge, rates, reconstruct, t_interval, train_judge
 from .settings import SettingsError, preset, read_table, root, save_csv, save_figure, save_table
 from .training import identity, is_shipped, one_thread, pretrained, train
 from .traversals import show_grid, traversals
@@ -106,17 +105,11 @@ def portraits(job, runs, jobs=-1, **keys):
     "The `portrait` of every model and seed of a `JobPreset`, with the keywords `keys`: a data frame."
     return pd.DataFrame(on_all_cores(portrayed, [(job, m, s, runs, keys) for m, s in members(job)], 'portraits', jobs))
 
-# %% ../nbs/14_mnist.ipynb #6403a68d
-def over_seeds(rates):
-    "Mean of rates (S,), one per seed, and the ends of Student's 95 % interval for it, cut at 0 and 100; NaN for one seed."
-    half = stats.sem(rates)*stats.t.ppf(.975, len(rates) - 1) if len(rates) > 1 else math.nan
-    return (np.mean(rates), *np.clip([np.mean(rates) - half, np.mean(rates) + half], 0, 100))
-
 # %% ../nbs/14_mnist.ipynb #ac1b9cc8
 def mean_of(table, k):
     "Of one model under one attack the mean over seeds of the mean over class pairs of the rate `k`/kept, percent, with its interval: over seeds, of a single one over images."
     each = [mean_rate(g[k], g.kept) for _, g in table.groupby('seed')]
-    return each[0] if len(each) == 1 else over_seeds([mean for mean, _, _ in each])
+    return each[0] if len(each) == 1 else tuple(np.clip(t_interval([mean for mean, _, _ in each]), 0, 100))
 
 # %% ../nbs/14_mnist.ipynb #e9baf1e0
 def summary(table):

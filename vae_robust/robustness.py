@@ -7,9 +7,9 @@ __all__ = ['NETWORKS', 'PORTION', 'lenet', 'wide', 'normed', 'strided', 'Residua
            'shifted', 'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'agreement', 'pairs', 'cut',
            'counts', 'wilson', 'rates', 'mean_rate', 'reconstruct', 'Pairs', 'attacked', 'rows_of', 'trial', 'verdicts',
            'exchange_rates', 'evaluate', 'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval',
-           'welch', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum',
-           'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic', 'without_slope',
-           'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better',
+           'welch', 't_interval', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians',
+           'spectrum', 'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic',
+           'without_slope', 'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better',
            'hidden_by_code', 'knowing', 'diagnose', 'cell']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from scipy.stats import binomtest, norm as gaussian, ttest_ind
+from scipy.stats import binomtest, norm as gaussian, t as student, ttest_ind
 from torch import nn, Tensor
 from torch.func import jacrev, vmap
 from torch.optim import SGD, Adam
@@ -283,6 +283,13 @@ def welch(a, b, level=.95):
     "Mean of `a` minus mean of `b` (one number per seed each), the ends of Welch's interval, and the p-value of no difference."
     t = ttest_ind(a, b, equal_var=False)
     return np.mean(a) - np.mean(b), *t.confidence_interval(level), t.pvalue
+
+# %% ../nbs/13_robustness.ipynb #b7e3c037
+def t_interval(values, level=.95):
+    "Mean of `values` (S,), one per seed, and the ends of Student's interval for it; NaN with fewer than two."
+    values, n = np.asarray(values, float), len(values)
+    half = student.ppf((1 + level)/2, n - 1)*values.std(ddof=1)/n**.5 if n > 1 else math.nan
+    return values.mean(), values.mean() - half, values.mean() + half
 
 # %% ../nbs/13_robustness.ipynb #9f240bee
 def against_radius(model, judge, preset, test, radii, seed=0):

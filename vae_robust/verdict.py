@@ -18,8 +18,8 @@ from torch.func import jacfwd, vmap
 from .attacks import features, norm, objective_of, value_and_gradient
 from .data import load, pixels
 from .disentanglement import encode, gaussian_tc, udr
-from .mnist import on_all_cores, over_seeds, portrait
-from .robustness import auddcs, bootstrap, interval, jacobians, margins, pairs, pretrained_judge, stays_within, tally, together, trial, welch, worst
+from .mnist import on_all_cores, portrait
+from .robustness import auddcs, bootstrap, interval, jacobians, margins, pairs, pretrained_judge, stays_within, t_interval, tally, together, trial, welch, worst
 from .settings import AttackPreset, ModelPreset, facts_of, preset, read_settings, read_table, root, save_csv, save_figure
 from .training import hashes, is_shipped, pretrained, train
 
@@ -130,7 +130,7 @@ def bands(table, axis, ax, k='missed', colours={}):
     "Draw the rate of each model against the values of a study's `axis`: the mean over seeds with its 95 % interval as a band, and each seed as a point."
     for m, t in table.groupby('model', sort=False):
         r = pd.concat([by_seed(g, k).assign(at=v) for v, g in t.groupby(axis)])
-        line = pd.DataFrame({v: over_seeds(g.rate) for v, g in r.groupby('at')}, index=['mean', 'low', 'high']).T
+        line = pd.DataFrame({v: np.clip(t_interval(g.rate), 0, 100) for v, g in r.groupby('at')}, index=['mean', 'low', 'high']).T
         ax.plot(line['mean'], '-', color=colours.get(m), label=m)
         ax.fill_between(line.index, line.low, line.high, color=colours.get(m), alpha=.12, lw=0)
         ax.plot(r['at'], r.rate, '.', ms=4, color=colours.get(m))
