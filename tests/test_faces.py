@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from scipy.stats import ttest_ind
 
-from vae_robust import celeba as ch15, data
+from vae_robust import celeba as ch15, data, studies
 from vae_robust.attacks import norm
 from vae_robust.data import (ATTR, ATTRIBUTES, CARTOON, GROUNDS, PARTITION, PICTURES, DataError, attributes, cartoon, cartoon_attributes, cartoons, celeba_folder,
                              load, pixels, square)
@@ -495,11 +495,11 @@ def test_differences_are_welchs():
 def test_the_notebook_can_send_its_trainings_to_other_processes(tmp_path):
     cells = [c['source'] for c in json.loads((Path(__file__).parents[1]/'nbs'/'15_celeba.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
     cells = [''.join(c) for c in cells]
-    last = [i for i, c in enumerate(cells) if 'def face_model(' in c][0]
+    last = [i for i, c in enumerate(cells) if 'def train_faces(' in c][0]
     begin = '\n'.join(c for c in cells[:last + 1] if c.startswith('#| export'))
     packed = tmp_path/'packed'
-    send = f"{begin}\nfrom joblib.externals.loky.backend.reduction import dumps\nPath({str(packed)!r}).write_bytes(dumps(face_model))"
-    receive = f"import pickle, pathlib; assert pickle.loads(pathlib.Path({str(packed)!r}).read_bytes()).__name__ == 'face_model'"
+    send = f"{begin}\nfrom joblib.externals.loky.backend.reduction import dumps\nPath({str(packed)!r}).write_bytes(dumps(train_faces))"
+    receive = f"import pickle, pathlib; assert pickle.loads(pathlib.Path({str(packed)!r}).read_bytes()).__name__ == 'train_faces'"
     for program in (send, receive): subprocess.run([sys.executable, '-c', program], check=True, env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])})
 
 
@@ -515,7 +515,7 @@ def test_models_with_a_silent_code_are_left_out(monkeypatch):
 
 def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path, monkeypatch):
     "Models, judge, attacks, tables and pictures of the job for CelebA, made small."
-    small_job = preset('job.celeba', train='train.smoke', judge='judge.celeba', attacks='attack.none, attack.strong, attack.judge', pairs='3, 3, 3', seeds='0')
+    small_job = preset('job.celeba', train='train.smoke', judges='judge.celeba', attacks='attack.none, attack.strong, attack.judge', pairs='3, 3, 3', seeds='0')
     whole = preset
     def shorter(name, *overlays, **kw):
         if name == 'job.celeba': return small_job
@@ -523,7 +523,7 @@ def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path
         if name.startswith('celeba.'): return whole(name, *overlays, steps=3, batch=8)
         if name in ('attack.strong', 'attack.judge'): return whole(name, **kw, steps=2)
         return whole(name, *overlays, **kw)
-    monkeypatch.setattr(ch15, 'preset', shorter)
+    for module in (ch15, studies): monkeypatch.setattr(module, 'preset', shorter)
     ch15.images.cache_clear()
     seeds = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')
     pd.testing.assert_frame_equal(ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out'), seeds, check_exact=True)     # taken up: the same numbers

@@ -1,4 +1,4 @@
-import json, math
+import math
 from statistics import NormalDist
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from vae_robust.attacks import logits, means
 from vae_robust.robustness import (against_radius, agreement, auddc, blind_is_better, bootstrap, diagnose, in_training_mode, interval, jacobians, kept, left_the_ball,
                                    margins, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, t_interval, tally, together,
                                    transfer, welch, without_slope, worst)
-from vae_robust.robustness import NETWORKS, exchange_rates, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
+from vae_robust.robustness import NETWORKS, exchange_rates, shifted, trial, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
 from vae_robust.settings import preset
 from vae_robust.vae import Posterior
 
@@ -132,19 +132,6 @@ def test_a_judge_learns_and_is_reproducible(tmp_path):
     assert not judge.training and (judged(judge, test.x/255) == test.y).float().mean() > .8
     train_judge(p, tmp_path/'b', progress=False)
     assert (tmp_path/'a'/'weights.safetensors').read_bytes() == (tmp_path/'b'/'weights.safetensors').read_bytes()
-
-
-def test_a_cell_is_computed_once_and_only_for_its_own_settings(tmp_path):
-    asked = []
-    def compute(): asked.append(1); return pd.DataFrame({'a': [len(asked)]})
-    first, again, other = (cell(tmp_path/'c.csv', s, compute) for s in ({'n': 1}, {'n': 1}, {'n': 2}))
-    assert [first.a[0], again.a[0], other.a[0]] == [1, 1, 2]
-    assert json.loads((tmp_path/'c.csv').read_text().splitlines()[0][2:]) == {'n': 2}
-
-
-def test_a_cell_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError): cell(tmp_path/'c.csv', {}, lambda: 1/0)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_trial_has_a_row_for_each_pair_and_its_counts_are_evaluate_s(model):

@@ -10,10 +10,10 @@ __all__ = ['NETWORKS', 'PORTION', 'lenet', 'wide', 'normed', 'strided', 'Residua
            'welch', 't_interval', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians',
            'spectrum', 'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic',
            'without_slope', 'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better',
-           'hidden_by_code', 'knowing', 'diagnose', 'cell']
+           'hidden_by_code', 'knowing', 'diagnose']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
-import json, math
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from torch.func import jacrev, vmap
 from torch.optim import SGD, Adam
 from .attacks import BALLS, attack, features, has_code, norm, objective_of
 from .data import load, pixels
-from .settings import preset, preset as preset_of, read_table, write
+from .settings import preset, preset as preset_of
 from .training import WEIGHTS, cosine, fit, identity, keep_memory, load_weights, one_thread, save_weights, shipped
 
 # %% ../nbs/13_robustness.ipynb #1521711a
@@ -456,12 +456,3 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
         carried = rate(**dict(preset_of('attack.latent_code', eps=preset.eps, pairs=preset.pairs)))
         rules += [hidden_by_code(own, rate(**knowing(preset, K)), carried)]
     return [r for r in rules if r]
-
-# %% ../nbs/13_robustness.ipynb #413beb99
-def cell(path, settings, compute):
-    "The table in `path` if its first line says `settings` (a dict), else the table `compute()`, which is then written there, whole."
-    path, line = Path(path), '# ' + json.dumps(settings, sort_keys=True)
-    if path.exists() and path.read_text().split('\n', 1)[0] == line: return read_table(path)
-    table = compute()
-    write(path, f'{line}\n{table.to_csv(index=False)}')
-    return table
