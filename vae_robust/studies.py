@@ -142,8 +142,9 @@ def untrained(study, runs, makers=Makers(), judged=True):
 # %% ../nbs/22_studies.ipynb #7230e3c8
 def prepare(study, runs, makers=Makers(), judged=True, **pool):
     "Train what is `untrained` of a `Study`; `pool`: backend, progress, jobs, ... of `sweep.finish`."
+    if not untrained(study, runs, makers, judged): return
     with alone(Path(runs)/'cells'):
-        todo = untrained(study, runs, makers, judged)
+        todo = untrained(study, runs, makers, judged)                        # another may have been here
         finish(todo, partial(trained, runs=runs, makers=makers), lambda *_: None, **pool)
 
 # %% ../nbs/22_studies.ipynb #4dd07722
