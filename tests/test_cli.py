@@ -48,6 +48,9 @@ def test_train_attack_and_resume(tmp_path):
     (('reproduce', '--everything', '--folder', 'elsewhere'), 'leave --folder and --runs out'),
     (('attack', 'digits.entangled', '--length', 'train.smoke'), 'judge.residual judges mnist, the models are of digits'),
     (('attack', 'mnist.entangled', 'mnist.entangled'), 'of kind model; here one of kind attack'),
+    (('attack', 'mnist.entangled', '--seed', '99'), 'No weights are shipped for mnist.entangled with seed 99'),
+    (('attack', 'faces.entangled', '--judge', 'judge.faces', '--length', 'train.smoke'), 'judges see grey images; for faces there is vae_robust.celeba.report'),
+    (('study', 'study.smoke', '--backend', 'dask'), "There is no backend 'dask'"),
 ])
 def test_mistakes_get_one_sentence_and_status_1(tmp_path, args, words):
     done = vae_robust(*args, *(('--runs', tmp_path) if args[0] == 'train' else ()))

@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from scipy.stats import ttest_ind
 
-from vae_robust import celeba as ch15, data
+from vae_robust import celeba as ch15, data, studies
 from vae_robust.attacks import norm
 from vae_robust.data import (ATTR, ATTRIBUTES, CARTOON, GROUNDS, PARTITION, PICTURES, DataError,
                              attributes, cartoon, cartoon_attributes, cartoons, celeba_folder,
@@ -621,34 +621,31 @@ def test_the_notebook_can_send_its_trainings_to_other_processes(tmp_path):
     chapter = json.loads((Path(__file__).parents[1]/'nbs'/'15_celeba.ipynb').read_text())
     cells = [c['source'] for c in chapter['cells'] if c['cell_type'] == 'code']
     cells = [''.join(c) for c in cells]
-    last = [i for i, c in enumerate(cells) if 'def face_model(' in c][0]
+    last = [i for i, c in enumerate(cells) if 'def train_faces(' in c][0]
     begin = '\n'.join(c for c in cells[:last + 1] if c.startswith('#| export'))
     packed = tmp_path/'packed'
     send = (f'{begin}\nfrom joblib.externals.loky.backend.reduction import dumps\n'
-            f'Path({str(packed)!r}).write_bytes(dumps(face_model))')
+            f'Path({str(packed)!r}).write_bytes(dumps(train_faces))')
     receive = (f'import pickle, pathlib\nf = pickle.loads(pathlib.Path({str(packed)!r}).read_bytes())\n'
-               "assert f.__name__ == 'face_model'")
+               "assert f.__name__ == 'train_faces'")
     for program in (send, receive):
         subprocess.run([sys.executable, '-c', program], check=True,
                        env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])})
 
 
-def test_models_with_a_silent_code_are_left_out(monkeypatch):
-    silent, loud = VAE(2, channels=3, size=64), VAE(2, channels=3, size=64)
-    for w in [*silent.parameters(), *loud.parameters()]:
-        w.data.zero_()
-    loud.encoder[-1].bias.data.fill_(1)
+def test_dead_trainings_are_left_out(monkeypatch):
     monkeypatch.setattr(ch15, 'images', lambda name, part: cartoons('test', {'test': 8}))
+    monkeypatch.setattr(ch15, 'dead', lambda model, x: model == 'dead')
     labels = ('faces.entangled', 0), ('faces.entangled', 1)
     monkeypatch.setattr(ch15, 'face_models', lambda job, runs: dict(zip(labels, runs)))
-    assert [*ch15.living(preset('job.faces'), (silent, loud))] == [('faces.entangled', 1)]
-    with pytest.raises(ValueError, match='silent'):
-        ch15.living(preset('job.faces'), (silent, silent))
+    assert [*ch15.living(preset('job.faces'), ('dead', 'alive'))] == [('faces.entangled', 1)]
+    with pytest.raises(ValueError, match='are dead: lower lr'):
+        ch15.living(preset('job.faces'), ('dead', 'dead'))
 
 
 def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path, monkeypatch):
     "Models, judge, attacks, tables and pictures of the job for CelebA, made small."
-    small_job = preset('job.celeba', train='train.smoke', judge='judge.celeba',
+    small_job = preset('job.celeba', train='train.smoke', judges='judge.celeba',
                        attacks='attack.none, attack.strong, attack.judge',
                        pairs='3, 3, 3', seeds='0')
     whole = preset
@@ -658,7 +655,8 @@ def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path
         if name.startswith('celeba.'): return whole(name, *overlays, steps=3, batch=8)
         if name in ('attack.strong', 'attack.judge'): return whole(name, **kw, steps=2)
         return whole(name, *overlays, **kw)
-    monkeypatch.setattr(ch15, 'preset', shorter)
+    for module in (ch15, studies): monkeypatch.setattr(module, 'preset', shorter)
+    monkeypatch.setattr(ch15, 'dead', lambda model, x: False)                            # three steps
     ch15.images.cache_clear()
     seeds = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')
     again = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')  # taken up: the same numbers

@@ -1,4 +1,4 @@
-import json, math
+import math
 from statistics import NormalDist
 from types import SimpleNamespace
 
@@ -11,9 +11,9 @@ from vae_robust import robustness
 from vae_robust.data import ImageData, load
 from vae_robust.attacks import logits, means
 from vae_robust.robustness import (against_radius, agreement, auddc, blind_is_better, bootstrap, diagnose, hidden_by_code, in_training_mode, interval, jacobians, kept, knowing, left_the_ball,
-                                   margins, masked_by_code, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, tally, together,
+                                   margins, masked_by_code, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, t_interval, tally, together,
                                    transfer, welch, without_slope, worst)
-from vae_robust.robustness import NETWORKS, exchange_rates, pretrained_judge, shifted, trial, cell, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
+from vae_robust.robustness import NETWORKS, exchange_rates, pretrained_judge, shifted, trial, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
 from vae_robust.settings import preset
 from vae_robust.training import pretrained
 from vae_robust.vae import Posterior
@@ -135,19 +135,6 @@ def test_a_judge_learns_and_is_reproducible(tmp_path):
     assert (tmp_path/'a'/'weights.safetensors').read_bytes() == (tmp_path/'b'/'weights.safetensors').read_bytes()
 
 
-def test_a_cell_is_computed_once_and_only_for_its_own_settings(tmp_path):
-    asked = []
-    def compute(): asked.append(1); return pd.DataFrame({'a': [len(asked)]})
-    first, again, other = (cell(tmp_path/'c.csv', s, compute) for s in ({'n': 1}, {'n': 1}, {'n': 2}))
-    assert [first.a[0], again.a[0], other.a[0]] == [1, 1, 2]
-    assert json.loads((tmp_path/'c.csv').read_text().splitlines()[0][2:]) == {'n': 2}
-
-
-def test_a_cell_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError): cell(tmp_path/'c.csv', {}, lambda: 1/0)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_trial_has_a_row_for_each_pair_and_its_counts_are_evaluate_s(model):
     test, judges = load('digits', 'test'), {'one': lenet().eval(), 'two': lenet().eval()}
     a = preset('attack.strong', pairs=2, steps=3)
@@ -234,6 +221,12 @@ def test_bootstrap_draws_classes_for_all_models_together():
 
 def test_one_seed_has_no_spread_over_seeds():
     assert np.ptp(bootstrap(np.ones((2, 1, 10)))[1]) < 1e-12
+
+
+def test_student_s_interval_by_its_formula_and_of_one_seed():
+    mean, low, high = t_interval([1., 2, 6], level=.9)
+    assert mean == 3 and np.allclose([mean - low, high - mean], student.ppf(.95, 2)*(14/2)**.5/3**.5)
+    assert t_interval([4])[0] == 4 and np.isnan(t_interval([4])[1:]).all()
 
 
 def test_welch_by_its_formula():

@@ -80,10 +80,16 @@ def test_figures_and_tables_carry_their_provenance(tmp_path):
     assert json.loads(first.removeprefix('# '))['n'] == 90 and 'commit' in first
 
 
-def test_a_study_takes_any_key_of_an_attack_and_no_other(tmp_path):
+def test_a_study_takes_any_key_of_an_attack_or_a_model_and_no_other(tmp_path):
     s = preset('study.lambda')
-    assert s.axes['lam'] == ('0', '0.1', '0.25', '0.5', '1', '2', '4') and set(s.axes) == {'lam', 'features'}
-    with pytest.raises(SettingsError, match="lamb: no such key; did you mean 'lam'"): preset('study.lambda', lamb='1, 2')
+    assert s.axes['attack.lam'] == ('0', '0.1', '0.25', '0.5', '1', '2', '4') and set(s.axes) == {'attack.lam', 'attack.features'}
+    for wrong, right in {'attack.lamb': 'attack.lam', 'lam': 'attack.lam', 'gamma': 'model.gamma', 'lr': 'model.lr'}.items():
+        with pytest.raises(SettingsError, match=f"{wrong}: no such key; did you mean '{right}'"): preset('study.lambda', **{wrong: '1, 2'})
+
+
+def test_one_number_of_pairs_is_for_every_attack():
+    assert preset('job.smoke', pairs='3').budget == {'attack.none': 3, 'attack.strong': 3}
+    assert preset('job.smoke', pairs='3, 4').budget == {'attack.none': 3, 'attack.strong': 4}
 
 
 def test_without_git_the_commit_is_none_and_nothing_fails(monkeypatch, tmp_path):
@@ -99,7 +105,8 @@ def test_a_like_that_leads_in_a_circle_and_bytes_that_are_no_text_get_one_senten
 
 
 def test_models_that_a_table_could_not_tell_apart_are_refused():
-    with pytest.raises(SettingsError, match='same last name'): preset('job.smoke', models='mnist.entangled, digits.entangled')
+    with pytest.raises(SettingsError, match='two models have the same last name'): preset('job.smoke', models='mnist.entangled, digits.entangled')
+    with pytest.raises(SettingsError, match='two axes have the same last name'): preset('study.steps', **{'model.steps': '1, 2'})
 
 
 # ------------------------------------------------------------------ tables
@@ -149,9 +156,16 @@ def test_an_answer_that_is_not_whole_is_none(tmp_path):
     assert kept_table(path, {'a': 1}).equals(table) and kept_table(path, {'a': 2}) is None and kept_table(tmp_path/'b.csv', {}) is None
 
 
-def test_answers_of_before_there_were_checksums_are_taken(tmp_path):
-    (tmp_path/'a.csv').write_text('# {"a": 1}\nv\n3\n')
-    assert kept_table(tmp_path/'a.csv', {'a': 1}).v.tolist() == [3]
+def test_an_answer_without_a_checksum_or_with_other_notes_is_none(tmp_path):
+    path, table = tmp_path/'a.csv', pd.DataFrame({'v': ['007', '']})
+    path.write_text('# {"a": 1}\nv\n3\n')
+    assert kept_table(path, {'a': 1}) is None
+    keep_table(path, {'a': 1}, table)
+    whole = path.read_text()
+    for note in ('"v": "str"', '"v": [1]'):
+        assert note in whole
+        path.write_text(whole.replace(note, note.replace('v', 'w')))
+        assert kept_table(path, {'a': 1}) is None
 
 
 @pytest.mark.parametrize('text', [b'', b'# {"n": 3}\n', b'\xff\xfe', b'# {"table": {"types": 3}}\na\n1\n', b'# {"table": {"odd": {}}}\na\n1\n',
@@ -201,8 +215,8 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
 # ------------------------------------------------------------------ presets that cannot be
 @pytest.mark.parametrize('name, change, words', [
     ('job.smoke', {'seeds': '0, 0'}, 'seeds = 0, 0: 0 is named twice'), ('job.smoke', {'attacks': 'attack.none, attack.none', 'pairs': '1, 1'}, 'attack.none is named twice'),
-    ('study.primary', {'judges': 'judge.wide, judge.wide'}, 'judge.wide is named twice'), ('study.lambda', {'lam': '1, 2, 1'}, '1 is named twice'), ('dose.beta', {'seeds': '3, 3'}, '3 is named twice'),
-    ('job.smoke', {'attacks': 'attack.none', 'pairs': '1, 2'}, '1 attacks need as many numbers of pairs, not 2'), ('job.smoke', {'attacks': 'attack.none, attack.strong', 'pairs': '1'}, 'not 1'),
+    ('study.primary', {'judges': 'judge.wide, judge.wide'}, 'judge.wide is named twice'), ('study.lambda', {'attack.lam': '1, 2, 1'}, '1 is named twice'), ('dose.beta', {'seeds': '3, 3'}, '3 is named twice'),
+    ('job.smoke', {'attacks': 'attack.none', 'pairs': '1, 2'}, '1 attacks need one number of pairs, or 1, not 2'), ('study.suite', {'pairs': '1, 2'}, 'need one number of pairs, or 16, not 2'),
     ('job.smoke', {'seeds': '4294967296'}, 'less than 4294967296'), ('mnist.entangled', {'n_z': 10**12}, 'less than or equal to 65536'), ('mnist.entangled', {'n_c': 10**12}, '65536'), ('mnist.entangled', {'size': 10**9}, '65536'),
     ('attack.l2', {'eps': '1e200'}, 'eps = 1e200'), ('attack.l2', {'eps': '1e20'}, 'can be apart'), ('attack.square', {'step': '1e308'}, 'step = 1e308'), ('attack.strong', {'stop': 'nan'}, 'finite'), ('attack.strong', {'lam': 'nan'}, 'finite')])
 def test_what_no_model_and_no_table_could_have_is_refused_when_it_is_read(name, change, words):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from vae_robust import settings, training
 from vae_robust.data import load
 from vae_robust.settings import SettingsError, preset
-from vae_robust.training import (OBJECTIVES, TrainingError, alive, build, cosine, fit, forward_dtype, identity, load_weights, minibatches, noted_signals, objective, save_weights, unchecked,
+from vae_robust.training import (OBJECTIVES, TrainingError, alive, build, cosine, dead, fit, forward_dtype, identity, load_weights, minibatches, noted_signals, objective, save_weights, unchecked,
                                  hashes, learning_curve, pretrained, publish_curves, read_weights, ship, shipped, train, warm, WEIGHTS)
 from vae_robust.vae import Terms, elbo, kl
 
@@ -355,6 +355,17 @@ def test_a_dead_layer_is_seen():
     assert min(alive(net, x)) > 0 and len(alive(net, x)) == 2
     with torch.no_grad(): net[0].bias.fill_(-100)
     assert alive(net, x)[0] == 0
+
+
+@pytest.mark.parametrize('quiet, silent, is_dead', [(False, False, False), (True, False, True), (False, True, True)])
+def test_a_training_is_dead_if_a_layer_is_or_if_its_code_is_silent(quiet, silent, is_dead):
+    "`quiet`: the second layer never fires, though the code, from a bias, is far from the prior. `silent`: the code is the prior's."
+    m, x = build(preset('digits.entangled')), torch.rand(8, 1, 32, 32)
+    last, second = m.encoder[-1], [k for k in m.encoder if isinstance(k, nn.Conv2d)][1]
+    last.bias.data[0] = 2.
+    if quiet: second.weight.data.zero_(), second.bias.data.fill_(-1)
+    if silent: last.weight.data.zero_(), last.bias.data.zero_()
+    assert dead(m, x) == is_dead
 
 
 def test_every_shipped_encoder_is_alive():

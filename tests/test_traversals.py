@@ -150,7 +150,8 @@ def play():
 
 
 KNOWS = {False: {}, True: dict(forced=True, features='codes')}
-CASES = [('latent', 0, False), ('latent', 1, False), ('judge', 0, False), ('latent', 0, True), ('output', 0, True)]
+CASES = [('latent', 0, False), ('latent', 1, False), ('judge', 0, False),
+         ('latent', 0, True), ('output', 0, True)]
 
 @pytest.mark.parametrize('objective, lam, knows', CASES)
 def test_playground_finds_what_the_attack_finds(play, objective, lam, knows):

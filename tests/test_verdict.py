@@ -2,36 +2,12 @@ import numpy as np, pandas as pd, pytest, torch
 
 from torch.distributions import Normal
 
-from vae_robust import verdict
-from vae_robust.data import ImageData, load
-from vae_robust.settings import preset, read_table, save_csv
-from vae_robust.sweep import collected, sweep
-from vae_robust.training import pretrained
+from vae_robust import mnist, studies, verdict
+from vae_robust.data import ImageData
+from vae_robust.settings import preset, read_table
+from vae_robust.sweep import SweepError
 from vae_robust.vae import Posterior
-from vae_robust.verdict import (association, beside, by_seed, cells, circumstances, compare, compute, dosed, folder_of, gaps, inherited, likeness, model_of, partial_rank, publish, publish_doses, respond, results, slopes,
-                                tidy, varied)
-
-
-def test_a_cell_says_all_that_its_answer_depends_on():
-    one, two = cells(preset('study.smoke'))[:2]
-    assert (one['set'], two['set']) == ({'lam': '0', 'steps': '2'}, {'lam': '1', 'steps': '2'})
-    assert (one['values']['steps'], one['values']['pairs'], one['values']['optimiser'], two['values']['lam']) == (2, 1, 'rmsprop', 1)
-    assert len(one['weights']) == 12 and list(one['judges']) == ['judge.residual'] and one['judges']['judge.residual']
-
-
-def test_models_that_are_not_shipped_have_no_cells():
-    assert cells(preset('study.smoke', models='digits.entangled')) == []
-    assert {c['seed'] for c in cells(preset('study.smoke', seeds='0, 99'))} == {0}
-
-
-def test_a_cell_is_a_trial_and_a_sweep_collects_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(verdict, 'load', lambda name, split: load('digits', split))                  # no download
-    grid = cells(preset('study.smoke'))[:2]
-    rows = compute(grid[0])
-    assert len(rows) == 90 and {'residual_before', 'residual_after', 'image', 'aim'} <= set(rows)
-    table = sweep(grid, compute, tmp_path, progress=False, jobs=1)
-    pd.testing.assert_frame_equal(table[table.set == table.set.iloc[0]][rows.columns], rows, check_dtype=False)
-    assert len(collected(grid, tmp_path)) == 180
+from vae_robust.verdict import association, by_seed, compare, dosed, gaps, likeness, partial_rank, publish_doses, publish_study, respond, results, slopes, tidy
 
 
 def rows(after, before=(3, 3, 5, 5)):
@@ -39,13 +15,13 @@ def rows(after, before=(3, 3, 5, 5)):
 
 
 @pytest.fixture
-def study(monkeypatch):
-    "Two models, one seed, three attacks, and an answer for each: the disentangled model fails on one source, the other never under the first attack."
-    monkeypatch.setattr(verdict, 'short_hash', lambda name, seed=0: 'abc')
+def study():
+    "Two models, one seed, four attacks, and an answer for each: the disentangled model fails on one source, the other never under the first attack."
     s = preset('study.primary', models='mnist.disentangled, mnist.entangled', seeds='0', judges='judge.residual')
-    answers = {('mnist.disentangled', 'attack.strong'): rows([8, 3, 1, 5], [3, 3, 5, 9]), ('mnist.entangled', 'attack.strong'): rows([3, 3, 5, 5]),
-               ('mnist.entangled', 'attack.noise'): rows([3, 8, 5, 7])}
-    return s, lambda c: answers.get((c['model'], c['attack']), rows([3, 3, 5, 5], [3, 3, 5, 9] if 'dis' in c['model'] else (3, 3, 5, 5)))
+    answers = {('disentangled', 'strong'): rows([8, 3, 1, 5], [3, 3, 5, 9]), ('entangled', 'strong'): rows([3, 3, 5, 5]), ('entangled', 'noise'): rows([3, 8, 5, 7])}
+    plain = lambda model: rows([3, 3, 5, 5], [3, 3, 5, 9] if model == 'disentangled' else (3, 3, 5, 5))
+    grid = [(m, a.split('.')[1]) for m in ('disentangled', 'entangled') for a in s.attacks]
+    return s, [({'model': m, 'seed': 0, 'attack': a}, answers.get((m, a), plain(m))) for m, a in grid]
 
 
 def test_tidy_counts_own_and_common_pairs_and_the_worst_case(study):
@@ -58,17 +34,30 @@ def test_tidy_counts_own_and_common_pairs_and_the_worst_case(study):
     assert pick(model='entangled', attack='none', rule='own') == [[3, 2, 0, 0], [5, 2, 0, 0]]
 
 
-def test_unfinished_cells_are_left_out_and_common_pairs_need_all_models(study):
-    s, rows_of = study
-    t = tidy(s, lambda c: None if c['model'] == 'mnist.entangled' else rows_of(c))
-    assert set(t.model) == {'disentangled'} and set(t.rule) == {'own'}
+def test_unfinished_cells_are_left_out_and_common_pairs_and_the_worst_case_need_all(study):
+    s, answers = study
+    t = tidy(s, [a for a in answers if a[0]['model'] == 'disentangled'])
+    assert set(t.model) == {'disentangled'} and set(t.rule) == {'own'} and 'worst' in set(t.attack)
+    t = tidy(s, answers[1:])
+    assert set(t[t.attack == 'worst'].model) == {'entangled'}
 
 
-def test_published_is_what_results_reads(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(verdict, 'preset', lambda name, **kw: study[0] if name.startswith('study') else preset(name, **kw))
-    t = publish('toy', study[1], tmp_path)
+def test_axes_are_columns_of_numbers_words_and_truths(study):
+    s = preset('study.relative', models='mnist.entangled', judges='judge.residual')
+    t = tidy(s, [({'model': 'entangled', 'seed': 0, 'attack': 'strong', 'features': 'logits', 'relative': 'true', 'lam': v}, study[1][0][1]) for v in ('0.1', '2')])
+    assert set(t.lam) == {.1, 2} and set(t.relative) == {True} and set(t.features) == {'logits'} and 'worst' not in set(t.attack)
+
+
+def test_published_is_what_results_reads_and_keeps_what_another_machine_has(study, tmp_path, monkeypatch):
+    s, answers = study
+    monkeypatch.setattr(verdict, 'preset', lambda name, **kw: s if name.startswith('study') else preset(name, **kw))
+    monkeypatch.setattr(verdict, 'answered', lambda asked, runs: answers)
+    t = publish_study('toy', tmp_path, tmp_path)
     pd.testing.assert_frame_equal(results('toy', tmp_path), t, check_dtype=False)
-    assert '"weights"' in (tmp_path/'study_toy.csv').read_text().splitlines()[0]
+    monkeypatch.setattr(verdict, 'answered', lambda asked, runs: answers[:1])
+    again = publish_study('toy', tmp_path, tmp_path)
+    by = [*t.columns[:6]]
+    assert again.set_index(by).sort_index().equals(t.set_index(by).sort_index())
 
 
 def test_compare_two_models():
@@ -85,54 +74,20 @@ def test_slopes_of_a_linear_encoder():
     torch.testing.assert_close(slopes(lambda x: x.flatten(1) @ w, x, x_t, preset('attack.strong')), ((d/d.norm(dim=1, keepdim=True)) @ w.T).norm(dim=1))
 
 
-@pytest.fixture
-def grown(study, tmp_path, monkeypatch):
-    "A published study of two attacks, and (its preset, what `inherited` sees in it)."
-    monkeypatch.setattr(verdict, 'preset', lambda name, **kw: study[0] if name.startswith('study') else preset(name, **kw))
-    publish('toy', study[1], tmp_path)
-    return study[0], tmp_path/'study_toy.csv'
-
-
-def test_a_table_that_grows_keeps_what_it_has(grown):
-    s, path = grown
-    now, old = circumstances(s), results('toy', path.parent)
-    pd.testing.assert_frame_equal(inherited(path, now, set()), old)
-    assert set(inherited(path, now, {('disentangled', 0, 'strong')}).groupby(['model', 'attack']).size().index) == set(old.groupby(['model', 'attack']).size().index) - {('disentangled', 'strong')}
-    assert len(inherited(path.with_name('none.csv'), now, set())) == 0
-
-
-@pytest.mark.parametrize('change, left', [({'study': {}}, set()), ({'weights': {'mnist.disentangled/0': 'other'}}, {'entangled'}),
-                                          ({'attacks': dict.fromkeys(preset('study.primary').attacks, {})}, {'disentangled', 'entangled'})])
-def test_nothing_is_taken_over_from_other_circumstances(grown, change, left):
-    s, path = grown
-    rows = inherited(path, circumstances(s) | change, set())
-    assert set(rows.model) == left if len(rows) else not left
-    if 'attacks' in change: assert set(rows.attack) == {'worst'}
-
-
 def test_a_series_trains_its_models_once_and_tells_them_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(verdict, 'load', lambda name, split: load('digits', split))
-    monkeypatch.setattr(verdict, 'portrait', lambda *a, **kw: {'rec': 1.})
-    d = preset('dose.beta', train='train.smoke', seeds='0, 1', beta='1, 4', attacks='attack.noise', pairs=1)
-    monkeypatch.setattr(verdict, 'preset', lambda name, *a, **kw: d if name == 'dose.beta' else preset(name, *a, **kw | ({'data': 'digits'} if name == 'mnist.beta' else {})))
-    series = varied(d)
-    assert [(c['seed'], c['set']['beta'], c['values'].get('beta', 1)) for c in series] == [(0, '1', 1), (0, '4', 4), (1, '1', 1), (1, '4', 4)]
-    answers = {folder_of(c, tmp_path): respond(c, tmp_path) for c in series}
-    assert len(answers) == 4 and all((f/'weights.safetensors').exists() for f in answers)
-    table = dosed(['beta'], lambda c: answers.get(folder_of(c, tmp_path)), tmp_path)
+    monkeypatch.setattr(mnist, 'portrait', lambda *a, **kw: {'rec': 1.})
+    d = preset('dose.beta', models='digits.entangled', judges='judge.smoke', train='train.smoke', seeds='0, 1', attacks='attack.noise', pairs='1', **{'model.beta': '1, 4'})
+    respond(d, tmp_path, jobs=1, progress=False)
+    assert len({f.parent.parent for f in tmp_path.rglob('seed*/weights.safetensors')}) == 2
+    table, keys = dosed({'beta': d}, tmp_path)
     assert table[['dose', 'key', 'value', 'seed']].values.tolist() == [['beta', 'beta', v, s] for v in (1, 4) for s in (0, 1)]
-    assert table.udr.between(0, 1).all() and {'as_noise', 'J_noise', 'slope', 'margin', 'error', 'tc'} <= set(table)
-    monkeypatch.setattr(verdict, 'train', None)
-    with pytest.raises(TypeError): respond(series[0], tmp_path)                        # the model comes from train and nowhere else
-
-
-def test_a_series_takes_shipped_models_whose_settings_are_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(verdict, 'train', lambda p, folder, seed, **kw: (folder, seed))
-    cell = varied(preset('dose.slow'))[1]
-    assert all(map(torch.equal, model_of(cell, tmp_path).parameters(), pretrained('mnist/entangled_slow', 1).parameters())) and not model_of(cell, tmp_path).training
-    assert not all(map(torch.equal, model_of(cell, tmp_path).parameters(), pretrained('mnist/entangled_slow', 0).parameters()))
-    for other in varied(preset('dose.slow', beta='2'))[1], varied(preset('dose.slow', train='train.quick'))[1], varied(preset('dose.slow', seeds='5'))[0]:
-        assert model_of(other, tmp_path) == (folder_of(other, tmp_path), other['seed'])
+    assert table.udr.between(0, 1).all() and {'as_noise', 'J_noise', 'slope', 'margin', 'error', 'tc'} <= set(table) and [*keys] == ['beta 1', 'beta 4']
+    monkeypatch.setattr(studies, 'trial', None)
+    respond(d, tmp_path, jobs=1, progress=False)                                         # nothing is left to do
+    lost = next(f for f in (tmp_path/'cells').glob('*.csv') if '"noise": 1.0' in f.read_text())
+    lost.unlink()
+    assert len(dosed({'beta': d}, tmp_path)[0]) == 3                                     # a model without all its answers has no row
+    with pytest.raises(SweepError, match='1 of 4 cells failed'): respond(d, tmp_path, jobs=1, progress=False)
 
 
 def test_likeness_of_a_linear_model():
@@ -183,24 +138,17 @@ def test_an_association_draws_settings_and_not_models():
 def of(dose, seeds, rate, value=1): return pd.DataFrame({'dose': dose, 'value': value, 'seed': range(seeds), 'rate': rate})
 
 
-@pytest.mark.parametrize('new, now, left', [
+@pytest.mark.parametrize('new, keys, left', [
     (of('b', 1, 9.), {}, {('a', 1): 1., ('b', 1): 9.}),                              # another series leaves the first as it was
     (of('a', 2, 9.), {}, {('a', 1): 1.}),                                            # fewer seeds than there were
     (of('a', 3, 9.), {}, {('a', 1): 9.}),
     (of('a', 3, 9., value=2), {}, {('a', 1): 1., ('a', 2): 9.}),
-    (of('b', 1, 9.), {'a': {'beta': 2}}, {('b', 1): 9.}),                            # the preset was changed since
-    (of('b', 1, 9.), {'a': None}, {('b', 1): 9.})])
-def test_a_series_computed_again_does_not_cost_the_others_their_rows(tmp_path, new, now, left):
-    save_csv(of('a', 3, 1.), 'dose', tmp_path, a={'beta': 1})
-    t = beside(new, tmp_path/'dose.csv', {'a': {'beta': 1}, 'b': {}} | now)
+    (of('b', 1, 9.), {'a 1': 'other'}, {('b', 1): 9.})])                             # the question was changed since
+def test_a_series_computed_again_does_not_cost_the_others_their_rows(tmp_path, monkeypatch, new, keys, left):
+    now = {'a 1': 'x', 'a 2': 'y', 'b 1': 'z'}
+    monkeypatch.setattr(verdict, 'dosed', lambda doses, runs: (of('a', 3, 1.), now))
+    publish_doses(tmp_path, tmp_path)
+    monkeypatch.setattr(verdict, 'dosed', lambda doses, runs: (new, now | keys))
+    t = publish_doses(tmp_path, tmp_path)
     assert {k: g.rate.unique().item() for k, g in t.groupby(['dose', 'value'])} == left
-    pd.testing.assert_frame_equal(beside(new, tmp_path/'none.csv', {}), new)
-
-
-def test_publishing_one_series_keeps_the_published_others(tmp_path, monkeypatch):
-    save_csv(of('beta', 3, 1.), 'dose', tmp_path, beta=preset('dose.beta').model_dump())
-    monkeypatch.setattr(verdict, 'dosed', lambda names, row_of, runs: of('tc', 3, 2.))
-    publish_doses(None, tmp_path, tmp_path)
-    t = publish_doses(None, tmp_path, tmp_path)                                      # a second time: its own provenance is read back
-    assert t.groupby('dose').rate.unique().explode().to_dict() == {'beta': 1, 'tc': 2}
     pd.testing.assert_frame_equal(read_table(tmp_path/'dose.csv'), t)

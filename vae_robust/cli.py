@@ -8,11 +8,11 @@ __all__ = ['app', 'Set', 'Length', 'Seed', 'Runs', 'RUNS', 'Job', 'QUIET', 'valu
 
 # %% ../nbs/20_cli.ipynb #622935b4
 import os, subprocess, sys
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 import typer
-from .settings import KINDS, JobPreset, SettingsError, preset as read_preset, read_settings, root
+from .settings import KINDS, SettingsError, Study, preset as read_preset, read_settings, root
 
 # %% ../nbs/20_cli.ipynb #4afe075d
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -84,11 +84,14 @@ def attack(name: Annotated[str, typer.Argument(help='A model, such as mnist.dise
            judge: Annotated[str, typer.Option(help='A judge; shipped, if the model is.')] = 'judge.residual', length: Annotated[str, typer.Option(help="'shipped', or a train preset laid over the model.")] = 'shipped', seed: Seed = 0, set: Set = None,
            runs: Runs = RUNS):
     "Attack a shipped model (or one that is trained first) and print both success rates for every pair of classes."
-    from vae_robust import mnist, robustness
+    from vae_robust import data, robustness, studies
     a = read_preset(wanted(attack, 'attack'), **values(set))
-    judge, _ = mnist.judge_of(JobPreset(models=wanted(name, 'model'), train=length, judge=wanted(judge, 'judge'), attacks=attack, pairs=str(a.pairs), seeds=str(seed)), runs)
-    model, p = mnist.trained(name, length, seed, runs)
-    table = robustness.rates(robustness.evaluate(model, judge, a, mnist.load(p.data, 'test'), desc=f'{name}: {attack}'))
+    asked = Study(models=wanted(name, 'model'), train=length, judges=wanted(judge, 'judge'), attacks=attack, pairs=str(a.pairs), seeds=str(seed))
+    studies.prepare(asked, runs, jobs=1)
+    ((_, cell),) = studies.cells_of(asked, runs) or [(None, None)]
+    if cell is None: raise SettingsError(f'No weights are shipped for {name} with seed {seed}: give --length a train preset.')
+    model, (judge,) = studies.restore(cell.model, runs), (studies.restore(w, runs) for w in cell.judges.values())
+    table = robustness.rates(robustness.evaluate(model, judge, a, data.load(cell.model.preset.data, 'test'), desc=f'{name}: {attack}'))
     print(table.to_markdown(index=False, floatfmt='.1f'))
     print('mean AS ignore-target {:.1f} % ({:.1f} to {:.1f})'.format(*robustness.mean_rate(table.missed, table.kept)))
 
@@ -120,20 +123,20 @@ def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path |
 # %% ../nbs/20_cli.ipynb #f1e258e8
 @command
 def study(name: Annotated[str, typer.Argument(help='A study or a series of settings.ini, such as study.primary or dose.beta.')], runs: Runs = RUNS, jobs: Annotated[int, typer.Option(help='Processes; -1: one per core.')] = -1,
-          backend: Annotated[Literal['local', 'ray'], typer.Option(help='ray: on a cluster.')] = 'local', dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what is to do.')] = False,
+          backend: Annotated[str, typer.Option(help='local, or ray: on a cluster.')] = 'local', dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what is to do.')] = False,
           figures: Annotated[Path | None, typer.Option(help='Where the table goes.')] = None):
     "Compute the cells of a study that are missing, and write its table to figures/: attacks on shipped models, or a series of models. Interrupt it when you like; it goes on."
-    from vae_robust import sweep, verdict
-    dose, folder, answer = name.startswith('dose.'), runs/'study', lambda c: sweep.answer(c, runs/'study')
-    grid, compute = (verdict.varied, partial(verdict.respond, runs=runs)) if dose else (verdict.cells, verdict.compute)
+    from vae_robust import studies, sweep, verdict
     if jobs == 0: raise SettingsError('--jobs 0: at least one process is needed, or -1 for one per core.')
-    cells = grid(read_preset(wanted(name, 'study', 'dose')))
-    p = sweep.plan(cells, folder)
-    print(f'{name}: {p["cells"]} cells, {p["done"]} done' + (f', about {p["seconds"]/60:.0f} minutes of one core to go' if p['seconds'] > 0 else ''))
+    asked, dose = read_preset(wanted(name, 'study', 'dose')), name.startswith('dose.')
+    sides = verdict.sides_of(asked, runs) if dose else [studies.cells_of(asked, runs)]
+    p = sweep.plan([c for side in sides for _, c in side], runs/'cells', like=('seed', 'weights'))
+    models = f', {n} models or judges to train' if (n := len(studies.untrained(asked, runs))) else ''
+    print(f'{name}: {p["cells"]} cells, {p["done"]} done' + (f', about {p["seconds"]/60:.0f} minutes of one core to go' if p['seconds'] > 0 else '') + models)
     if dry_run: return
-    sweep.sweep(cells, compute, folder, backend, **({'jobs': jobs} if backend == 'local' else {}))
-    if dose: verdict.publish_doses(lambda c: answer({k: v for k, v in c.items() if k != 'dose'}), runs, figures)
-    else: verdict.publish(name.removeprefix('study.'), answer, figures)
+    (verdict.respond if dose else studies.trials)(asked, runs, backend=backend, **({'jobs': jobs} if backend == 'local' else {}))
+    if dose: verdict.publish_doses(runs, figures)
+    else: verdict.publish_study(name.removeprefix('study.'), runs, figures)
 
 # %% ../nbs/20_cli.ipynb #94e6cec2
 QUIET = {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}                        # bars and warnings are not for the page
@@ -151,7 +154,7 @@ def all_of_it(runs):
     from vae_robust import comparison, mnist, settings, training, verdict
     training.publish_curves(runs)
     mnist.tables(read_preset('job.tables'), runs)
-    verdict.publish_quantities()
+    verdict.publish_quantities(runs)
     for name in read_settings():
         if name.split('.')[0] in ('study', 'dose') and name not in ('study.smoke', 'dose.plain'): study(name, runs)
     clothes = read_preset('job.fashion')

@@ -7,24 +7,24 @@ __all__ = ['NETWORKS', 'PORTION', 'lenet', 'wide', 'normed', 'strided', 'Residua
            'shifted', 'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'agreement', 'pairs', 'cut',
            'counts', 'wilson', 'rates', 'mean_rate', 'reconstruct', 'Pairs', 'attacked', 'rows_of', 'trial', 'verdicts',
            'exchange_rates', 'evaluate', 'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval',
-           'welch', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum',
-           'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic', 'without_slope',
-           'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better', 'beats',
-           'hidden_by_code', 'knowing', 'masked_by_code', 'diagnose', 'cell']
+           'welch', 't_interval', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians',
+           'spectrum', 'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic',
+           'without_slope', 'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better',
+           'beats', 'hidden_by_code', 'knowing', 'masked_by_code', 'diagnose']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
-import json, math
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from scipy.stats import binomtest, norm as gaussian, ttest_ind
+from scipy.stats import binomtest, norm as gaussian, t as student, ttest_ind
 from torch import nn, Tensor
 from torch.func import jacrev, vmap
 from torch.optim import SGD, Adam
 from .attacks import BALLS, attack, features, has_code, norm, objective_of
 from .data import load, pixels
-from .settings import preset, preset as preset_of, read_table, write
+from .settings import preset, preset as preset_of
 from .training import WEIGHTS, cosine, fit, identity, keep_memory, load_weights, one_thread, save_weights, shipped
 
 # %% ../nbs/13_robustness.ipynb #1521711a
@@ -284,6 +284,13 @@ def welch(a, b, level=.95):
     t = ttest_ind(a, b, equal_var=False)
     return np.mean(a) - np.mean(b), *t.confidence_interval(level), t.pvalue
 
+# %% ../nbs/13_robustness.ipynb #b7e3c037
+def t_interval(values, level=.95):
+    "Mean of `values` (S,), one per seed, and the ends of Student's interval for it; NaN with fewer than two."
+    values, n = np.asarray(values, float), len(values)
+    half = student.ppf((1 + level)/2, n - 1)*values.std(ddof=1)/n**.5 if n > 1 else math.nan
+    return values.mean(), values.mean() - half, values.mean() + half
+
 # %% ../nbs/13_robustness.ipynb #9f240bee
 def against_radius(model, judge, preset, test, radii, seed=0):
     "Both rates (mean over class pairs, percent) of an `AttackPreset` with each of `radii` for eps: a data frame eps, as_ignore, as_target."
@@ -465,12 +472,3 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     rules += [no_better_than_noise(own, rate(steps=0, noise=1.)), blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps))]
     rules += [masked_by_code(model, judge, preset, test, seed)]
     return [r for r in rules if r]
-
-# %% ../nbs/13_robustness.ipynb #413beb99
-def cell(path, settings, compute):
-    "The table in `path` if its first line says `settings` (a dict), else the table `compute()`, which is then written there, whole."
-    path, line = Path(path), '# ' + json.dumps(settings, sort_keys=True)
-    if path.exists() and path.read_text().split('\n', 1)[0] == line: return read_table(path)
-    table = compute()
-    write(path, f'{line}\n{table.to_csv(index=False)}')
-    return table

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Count', 'AtLeastOne', 'Width', 'Seed', 'Counts', 'Words', 'Seeds', 'KINDS', 'smoke',
-           'ModelPreset', 'JudgePreset', 'AttackPreset', 'words', 'different', 'JobPreset', 'axes_of', 'keys_of',
-           'StudyPreset', 'DosePreset', 'SettingsError', 'settings_file', 'read_settings', 'near', 'section',
-           'complaint', 'preset', 'root', 'commit', 'provenance', 'DiskError', 'free', 'disk', 'running', 'temporary',
-           'sweep_up', 'settle', 'write', 'TableError', 'line_of', 'read_rows', 'type_of', 'unsaid', 'table_text',
-           'parts_of', 'facts_of', 'read_table', 'keep_table', 'kept_table', 'save_figure', 'save_csv', 'save_table']
+           'ModelPreset', 'JudgePreset', 'AttackPreset', 'words', 'different', 'known_axes', 'told_apart', 'Study',
+           'SettingsError', 'settings_file', 'read_settings', 'near', 'section', 'complaint', 'preset', 'root',
+           'commit', 'provenance', 'DiskError', 'free', 'disk', 'running', 'temporary', 'sweep_up', 'settle', 'write',
+           'TableError', 'line_of', 'read_rows', 'type_of', 'unsaid', 'proof', 'table_text', 'parts_of', 'facts_of',
+           'read_table', 'keep_table', 'kept_table', 'save_figure', 'save_csv', 'save_table']
 
 # %% ../nbs/00_settings.ipynb #0870e9a9
 import configparser, difflib, io, json, os, platform, re, shutil, subprocess, threading
@@ -122,60 +122,52 @@ def different(values):
 Counts = Annotated[tuple[Count, ...], BeforeValidator(words), Field(min_length=1)]
 Words, Seeds = (Annotated[tuple[t, ...], BeforeValidator(words), Field(min_length=1), AfterValidator(different)] for t in (str, Seed))
 
-# %% ../nbs/00_settings.ipynb #71f3ea6e
-class JobPreset(BaseModel, extra='forbid', frozen=True):
-    "Models (sections) x seeds x attacks (sections); `pairs` of images per ordered class pair, for each attack. A section `[job.name]`."
+# %% ../nbs/00_settings.ipynb #fa5d1802
+def known_axes(study):
+    "A `Study` as it is; ValueError if one of its axes is no key of a model or of an attack, or has a value twice."
+    kinds = {'model': ModelPreset, 'attack': AttackPreset}
+    known = [f'{kind}.{k}' for kind, p in kinds.items() for k in p.model_fields]
+    for k, values in study.axes.items():
+        meant = next((w for w in known if w.split('.')[1] == k), k)
+        if k not in known: raise ValueError(f'{k}: no such key; {near(meant, known)}')
+        different(values)
+    return study
+
+# %% ../nbs/00_settings.ipynb #780a4441
+def told_apart(study):
+    "A `Study` as it is; ValueError if its table could not tell two of its models or axes apart, or for too few `pairs`."
+    for what, names in {'models': study.models, 'axes': study.axes}.items():
+        if len({n.split('.')[-1] for n in names}) < len(names): raise ValueError(f'two {what} have the same last name, and tables could not tell them apart')
+    n, m = len(study.attacks), len(study.pairs)
+    if m not in (1, n): raise ValueError(f'{n} attacks need one number of pairs, or {n}, not {m}')
+    return study
+
+# %% ../nbs/00_settings.ipynb #60e9c1c3
+class Study(BaseModel, extra='allow', frozen=True):
+    """Models (sections) x seeds x attacks (sections) x every combination of the values of further keys, `model.KEY` or
+    `attack.KEY`. `train`: 'shipped', or a train section that is laid over the models; `anew`: shipped weights are not
+    taken; `judges` are sections, the first is the one that an attack may use; `pairs` of images per ordered class pair,
+    one number, or one for each attack. A section `[study.name]`, `[dose.name]` or `[job.name]`."""
     models: Words
-    train: str
-    judge: str
-    attacks: Words
-    pairs: Counts
-    seeds: Seeds
-
-    @model_validator(mode='after')
-    def as_many(self):
-        if len(self.pairs) != len(self.attacks): raise ValueError(f'{len(self.attacks)} attacks need as many numbers of pairs, not {len(self.pairs)}')
-        if len({m.split('.')[-1] for m in self.models}) < len(self.models): raise ValueError('two models have the same last name, and tables could not tell them apart')
-        return self
-
-# %% ../nbs/00_settings.ipynb #16a2f114
-def axes_of(study):
-    "The keys of a study that are not its own, each with its values: {key: (text, ...)}."
-    return {k: words(v) for k, v in study.model_extra.items()}
-
-def keys_of(kind):
-    "A validator: the further keys must be keys of a `kind` of preset."
-    def check(study):
-        for k in study.model_extra.keys() - kind.model_fields: raise ValueError(f'{k}: no such key; {near(k, kind.model_fields)}')
-        for k, values in axes_of(study).items(): different(values)
-        return study
-    return model_validator(mode='after')(check)
-
-# %% ../nbs/00_settings.ipynb #c5202854
-class StudyPreset(BaseModel, extra='allow', frozen=True):
-    """Models (sections) x seeds x attacks (sections) x every combination of the values of further keys, which belong to an attack preset.
-    `judges` are sections, the first is the one that an attack may use; `pairs` of images per ordered class pair. `axes`: the further keys, each
-    with its values, {key: (text, ...)}. A section `[study.name]`."""
-    models: Words
+    train: str = 'shipped'
+    anew: bool = False
     seeds: Seeds
     attacks: Words
     judges: Words
-    pairs: AtLeastOne
-    axes = property(axes_of)
-    check = keys_of(AttackPreset)
+    pairs: Counts
 
-# %% ../nbs/00_settings.ipynb #95fe6ec8
-class DosePreset(BaseModel, extra='allow', frozen=True):
-    """A model (section) under a train preset x seeds x every combination of the values of further keys, which belong to a model preset; each under all
-    `attacks` (sections), with `pairs` of images per ordered class pair and one `judge` (section). `axes` as in a `StudyPreset`. A section `[dose.name]`."""
-    model: str
-    train: str
-    seeds: Seeds
-    attacks: Words
-    judge: str
-    pairs: AtLeastOne
-    axes = property(axes_of)
-    check = keys_of(ModelPreset)
+    @property
+    def axes(self):
+        "The further keys, each with its values: {'attack.lam': ('0', '1')}."
+        return {k: words(v) for k, v in self.model_extra.items()}
+
+    @property
+    def budget(self):
+        "The number of pairs for each attack."
+        return dict(zip(self.attacks, self.pairs*len(self.attacks)))
+
+    check_axes = model_validator(mode='after')(known_axes)
+    check_names = model_validator(mode='after')(told_apart)
 
 # %% ../nbs/00_settings.ipynb #7dd2fa4e
 class SettingsError(ValueError):
@@ -225,12 +217,12 @@ def complaint(error, where, file, kind):
     return f'{at} {key} = {given}: {e["msg"].removeprefix("Value error, ").lower()}.'
 
 # %% ../nbs/00_settings.ipynb #a67650f2
-KINDS = {'attack': AttackPreset, 'judge': JudgePreset, 'job': JobPreset, 'study': StudyPreset, 'dose': DosePreset}
+KINDS = {'attack': AttackPreset, 'judge': JudgePreset} | dict.fromkeys(('job', 'study', 'dose'), Study)
 
 def preset(name, /, *overlays, file=None, **overrides):
     """The preset in section `name`, with the sections `overlays` and then the keyword `overrides` laid over it.
-    A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`), `JobPreset` (`job.*`), `StudyPreset` (`study.*`) or `DosePreset` (`dose.*`);
-    raises `SettingsError`."""
+    A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`) or `Study` (`job.*`, `study.*`, `dose.*`); raises
+    `SettingsError`."""
     file, sections = Path(file or settings_file()), read_settings(file)
     found = {k: v for s in (name, *overlays) for k, v in section(s, sections, file.name).items()}
     found |= {k: (v, 'command line') for k, v in overrides.items()}
@@ -348,11 +340,16 @@ def unsaid(table, rows):
     return {k: v for k, v in {'types': types, 'empty': empty}.items() if v}
 
 # %% ../nbs/00_settings.ipynb #d15c0008
+def proof(facts, notes, rows):
+    "The SHA-256 of all that a table's file says: its facts and the notes on its table, two dicts, and its rows, a text."
+    return sha256(f'{line_of([facts, notes])}\n{rows}'.encode()).hexdigest()
+
 def table_text(table, line, checksum=False):
-    "A data frame as the text of a file: the JSON `line` of its facts after `# `, and its rows; with a `checksum` of these, if asked for."
+    "A data frame as the text of a file: the JSON `line` of its facts after `# `, and its rows; with a `checksum` of the whole, if asked for."
     rows = table.to_csv(index=False)
-    notes = unsaid(table, rows) | ({'sha256': sha256(rows.encode()).hexdigest()} if checksum else {})
-    return f'# {line_of(json.loads(line) | {"table": notes}) if notes else line}\n{rows}'
+    facts, notes = json.loads(line), unsaid(table, rows)
+    if checksum: notes |= {'sha256': proof(facts, notes, rows)}
+    return f'# {line_of(facts | {"table": notes}) if notes else line}\n{rows}'
 
 def parts_of(path):
     "(facts, notes on the table, rows) of a table's file: two dicts, empty if the first line is damaged or none, and a text. Raises `TableError`."
@@ -371,10 +368,10 @@ def facts_of(path):
 # %% ../nbs/00_settings.ipynb #d15c001d
 def read_table(path):
     "A table that `save_csv`, `save_table` or `keep_table` wrote, as the data frame that it was. Raises `TableError` if it is damaged."
-    _, notes, rows = parts_of(path)
+    facts, notes, rows = parts_of(path)
     damaged = TableError(f'{path} is damaged: delete it, and let it be made again.')
     try:
-        if notes.pop('sha256', None) in (None, sha256(rows.encode()).hexdigest()): return read_rows(rows, **notes)
+        if notes.pop('sha256', None) in (None, proof(facts, notes, rows)): return read_rows(rows, **notes)
     except (ValueError, TypeError, KeyError, AttributeError) as e: raise damaged from e
     raise damaged
 
@@ -385,9 +382,10 @@ def keep_table(path, settings, table):
 
 # %% ../nbs/00_settings.ipynb #d15c001c
 def kept_table(path, settings):
-    "The table in `path` if it answers `settings`; None if it is damaged, answers another question, or is not there."
+    "The table in `path` if it answers `settings`; None if it is damaged, has no checksum, answers another question, or is not there."
     with suppress(TableError, FileNotFoundError):
-        if line_of(parts_of(path)[0]) == line_of(settings): return read_table(path)
+        facts, notes, _ = parts_of(path)
+        if 'sha256' in notes and line_of(facts) == line_of(settings): return read_table(path)
 
 # %% ../nbs/00_settings.ipynb #abfe2cd8
 def save_figure(fig, name, folder=None, **facts):

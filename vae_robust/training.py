@@ -8,8 +8,8 @@ __all__ = ['SCHEDULES', 'OBJECTIVES', 'LIMITS', 'WEIGHTS', 'TrainingError', 'min
            'mean_row', 'unchecked', 'finite', 'diverged', 'advance', 'cosine', 'warm', 'take', 'Loss', 'distributed',
            'gathered', 'captured', 'random_state', 'resume', 'save_run', 'trainable', 'fit', 'objective', 'possible',
            'network', 'build', 'one_thread', 'keep_memory', 'identity', 'own_images', 'fitting', 'forward_dtype',
-           'record', 'usable', 'leave', 'train', 'alive', 'hashes', 'ship', 'is_shipped', 'shipped', 'pretrained',
-           'learning_curve', 'publish_curves']
+           'record', 'usable', 'leave', 'train', 'alive', 'dead', 'hashes', 'ship', 'is_shipped', 'shipped',
+           'pretrained', 'learning_curve', 'publish_curves']
 
 # %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time, zipfile
@@ -31,7 +31,7 @@ from .data import IMAGES, DataError, as_images, digest, is_set, load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, SettingsError, TableError, commit, preset, read_table, save_csv, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
-from .vae import VAE, elbo
+from .vae import VAE, elbo, kl
 
 # %% ../nbs/09_training.ipynb #b751c0ac
 class TrainingError(RuntimeError):
@@ -410,6 +410,13 @@ def alive(net, x):
         x = layer(x)
         if isinstance(layer, nn.ReLU): shares.append((x.detach().flatten(1) > 0).any(0).float().mean().item())
     return shares
+
+# %% ../nbs/09_training.ipynb #e232619f
+def dead(model, x, nats=.1):
+    """Whether the training of a `VAE` is dead: on images x (B, ...), the first of its training set, a ReLU layer of its encoder
+    has no live unit, or the code carries less than `nats` on average."""
+    with torch.no_grad(): kl_z, kl_c = kl(model.posterior(x))
+    return min(alive(model.encoder, x)) == 0 or (kl_z.sum(1) + kl_c).mean().item() < nats
 
 # %% ../nbs/09_training.ipynb #56c07097
 WEIGHTS = Path(inspect.getfile(ModelPreset)).with_name('weights')
