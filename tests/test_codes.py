@@ -170,6 +170,17 @@ def test_every_model_has_the_same_budget(model, digits):
     assert [run(torch.arange(2))[1] is None for run in runs] == [True]*3 + [False]*3
 
 
+def test_each_forced_run_asks_for_its_own_code_and_of_the_rows_that_are_left(model, digits):
+    x, p = digits[:5], preset('attack.damage_code', restarts=3)
+    l, rows = model.posterior(x).c.logits, torch.tensor([1, 4])
+    for run, code in zip(planned(p, model, x, None).runs, nearby(l, 3)):
+        torch.testing.assert_close(run(rows)[0](x[rows]), (FIRST + SLACK + margin(l, code))[rows])
+    output, x_t = preset('attack.output_code'), digits[5:10]
+    missing = margin(l, most_likely(model.posterior(x_t).c.logits)) + SLACK
+    want = torch.where(missing > 0, FIRST + missing, hard(output, model, x, x_t)(x))
+    torch.testing.assert_close(planned(output, model, x, x_t).runs[0](rows)[0](x[rows]), want[rows])
+
+
 def test_who_is_won_is_not_attacked_again(model, digits):
     "`stop`: images at or below it have no further runs, the others have them all, and nobody's image changes for that."
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()
