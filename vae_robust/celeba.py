@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from torch.optim import Adam
-from tqdm.auto import tqdm
 from .attacks import attack, features, norm, posterior, reconstruction, symmetric, toward
 from .data import attributes, cartoons, digest, load, pixels
 from .disentanglement import dci, encode, mig

@@ -19,7 +19,7 @@ from .data import load
 from .robustness import pretrained_judge, train_judge, trial
 from .settings import AttackPreset, JudgePreset, SettingsError, facts_of, preset
 from .settings import read_table, root, save_csv
-from .sweep import alone, answer, finish, key, keep_answers, missing
+from .sweep import alone, answer, finish, key, keep_answers
 from .training import hashes, pretrained, train
 
 # %% ../nbs/22_studies.ipynb #cefe425f
