@@ -655,7 +655,8 @@ def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path
         if name.startswith('celeba.'): return whole(name, *overlays, steps=3, batch=8)
         if name in ('attack.strong', 'attack.judge'): return whole(name, **kw, steps=2)
         return whole(name, *overlays, **kw)
-    for module in (ch15, studies): monkeypatch.setattr(module, 'preset', shorter)
+    for module in (ch15, studies):
+        monkeypatch.setattr(module, 'preset', shorter)
     monkeypatch.setattr(ch15, 'dead', lambda model, x: False)                            # three steps
     ch15.images.cache_clear()
     seeds = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')

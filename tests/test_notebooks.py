@@ -14,7 +14,7 @@ names = lambda p: p.stem
 def code(nb):
     return [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
 
-RANK = {'sweep': 13.1, 'studies': 13.2}  # appendices that stand under the experiments, chapters 14 to 18
+RANK = {'sweep': 13.1, 'studies': 13.2}  # appendices that stand under chapters 14 to 18
 
 def text(nb):
     return '\n'.join(c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown')
