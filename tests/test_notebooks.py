@@ -1,4 +1,4 @@
-import json, os, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
@@ -66,6 +66,45 @@ def test_notebooks_are_clean(exported):
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_cells_are_small(nb):
     assert [c for c in too_long(code(nb)) if not c.startswith('longest')] == []  # see test_style
+
+
+def defined(cell):
+    "The names that a cell binds at its top level, those of comprehensions aside."
+    bound, inner = set(), set()
+    for node in ast.parse(re.sub('^[%!].*', '', cell, flags=re.M)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+            continue
+        for n in ast.walk(node):
+            if isinstance(n, ast.comprehension):
+                inner |= {m.id for m in ast.walk(n.target) if isinstance(m, ast.Name)}
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+                bound.add(n.id)
+    return bound - inner
+
+
+def rebound(cells):
+    "Exported functions and classes whose names a later cell takes for something else."
+    exported, taken = set(), set()
+    for cell in cells:
+        if cell.startswith('#| export'):
+            found = ast.parse(cell).body
+            exported |= {n.name for n in found if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        else:
+            taken |= defined(cell)
+    return exported & taken
+
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
+def test_no_cell_takes_the_name_of_what_the_chapter_exports(nb):
+    "What is exported is called by other functions of the chapter: they would call the cell's number."
+    assert rebound(code(nb)) == set()
+
+
+def test_a_name_that_is_taken_is_found():
+    export = '#| export\ndef hard(x): return x'
+    assert rebound([export, 'hard = 3']) == rebound([export, 'with a as hard: pass']) == {'hard'}
+    assert rebound([export, '[hard for hard in (1, 2)]', 'f = lambda hard: hard']) == set()
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)

@@ -767,6 +767,7 @@ class AttackPlayground:
     model the class that the judge sees in the reconstruction before and after."""
     def __init__(self, models, judges, data, base='attack.strong', pair=(3, 8, 2)):
         self.models, self.judges, self.data, self.base, self.found = models, judges, data, base, [None, None]
+        self.evaluated = 0
         style, wide = {'description_width': '7em'}, widgets.Layout(width='24em')
         whole = lambda text, value, low, high: widgets.IntSlider(value, low, high, description=text, style=style, layout=wide)
         real = lambda text, value, low, high, step: widgets.FloatSlider(value, min=low, max=high, step=step, description=text, style=style, layout=wide)
@@ -796,7 +797,7 @@ class AttackPlayground:
     def start(self, *_):
         "Attack in a thread."
         self.stopping, self.due, self.found = False, 0, [None, None]
-        self.bar.value, self.bar.max = 0, 2*(self.sliders['steps'].value + 1)*(1 + self.knows.value)
+        self.evaluated, self.bar.max = 0, 2*(self.sliders['steps'].value + 1)*(1 + self.knows.value)
         self.busy(True)
         self.thread = Thread(target=self.attack, daemon=True)
         self.thread.start()
@@ -830,7 +831,7 @@ class AttackPlayground:
 
     def watch(self, n):
         "After `n` evaluations: stop, if asked to; draw, but not more than ten times a second."
-        self.bar.value += n
+        self.evaluated += n
         if self.stopping:
             for f in filter(None, self.found): f.stop = math.inf
         if monotonic() < self.due: return
@@ -841,6 +842,7 @@ class AttackPlayground:
         "Draw what was found so far, and say it."
         rows, self.outcome = zip(*(self.row(s.value, f) for s, f in zip(self.sides, self.found)))
         self.image.value = png(stacked(rows))
+        self.bar.value = self.evaluated
         self.note.value = ' '.join(f'<b>{s.value}</b>: the judge saw {a}, now {b}.' for s, (a, b) in zip(self.sides, self.outcome))
 
     def row(self, name, f):
