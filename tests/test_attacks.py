@@ -469,6 +469,8 @@ def test_quick_computes_the_same_and_leaves_the_model_as_it_was(keys):
     torch.testing.assert_close(quick(m).decoder(code), m.decoder(code))
     assert quick(m) is not m and type(m.encoder[0]) is torch.nn.Conv2d and all(p.requires_grad for p in m.parameters())
     assert m.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+    once = quick(m)
+    assert quick(once) is once                                                                          # twice is once
     assert quick(means) is means and quick(m.encoder) is m.encoder                                      # not a VAE: as it is
 
 

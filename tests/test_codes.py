@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest, torch
 from torch.distributions import Normal, OneHotCategorical
 
-from vae_robust.attacks import (FIRST, SLACK, Softened, Watched, WithCode, annealed, another_code, attack, behind, code_first, expected, forced, hard, margin,
+from vae_robust.attacks import (FIRST, SLACK, Softened, Watched, WithCode, annealed, another_code, attack, attack_batch, behind, code_first, expected, forced, hard, margin,
                                 most_likely, nearby, pgd, planned, smallest_radius, squared, starts)
 from vae_robust.settings import preset
 from vae_robust.vae import VAE, Posterior
@@ -181,6 +181,18 @@ def test_each_forced_run_asks_for_its_own_code_and_of_the_rows_that_are_left(mod
     torch.testing.assert_close(planned(output, model, x, x_t).runs[0](rows)[0](x[rows]), want[rows])
 
 
+@pytest.mark.parametrize('name', ['latent_code', 'output_code', 'damage_code', 'judge_code', 'judge_untargeted_code'])
+def test_a_function_can_be_attacked_by_those_who_know_the_code(name):
+    "It has no code, so it is attacked as without a temperature, from as many starts."
+    w = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    x, x_t = torch.rand(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
+    f, judge = (lambda a: (a.flatten(1) @ w).view(a.shape)), lambda a: a.flatten(1)[:, :4]
+    p = preset(f'attack.{name}', steps=4, restarts=1, stop=None)
+    same = p.model_copy(update=dict(forced=False, restarts=2, soften=1, anneal=False, select='surrogate'))
+    one, two = (attack(f, x, None if p.goal == 'away' else x_t, q, judge=judge, progress=False) for q in (p, same))
+    assert torch.equal(one.x, two.x) and (one.after < one.before).all() and one.evaluations.tolist() == [10]*3
+
+
 def test_who_is_won_is_not_attacked_again(model, digits):
     "`stop`: images at or below it have no further runs, the others have them all, and nobody's image changes for that."
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()
@@ -194,6 +206,11 @@ def test_who_is_won_is_not_attacked_again(model, digits):
     assert (some.evaluations[~won] == 30).all() and (some.evaluations[won] < 30).any() and (some.evaluations[won] % 5 == 0).all()
     torch.testing.assert_close(some.after[~won], every.after[~won]), torch.testing.assert_close(some.x[~won], every.x[~won])
     assert (some.after[won] <= stop).all()
+    ticks = []                                                                         # the bar ends at its end all the same
+    noises = [torch.Generator().manual_seed(i) for i in range(6)]
+    q = p.model_copy(update={'stop': stop})
+    attack_batch(planned(q, model, x, None, judge), x, q, noises, q.eps, q.lam, ticks.append)
+    assert sum(ticks) == 12*6*5
 
 
 def test_a_changed_code_counts_half_as_much_again():

@@ -212,6 +212,15 @@ def test_playground_stops_and_keeps_the_best_so_far(play):
     assert not play.thread.is_alive()
 
 
+def test_playground_says_what_went_wrong(play):
+    play.judges['linear'] = lambda x: 1/0
+    play.objective.value = 'judge'
+    play.run.click()
+    play.thread.join(60)
+    assert play.note.value.startswith('The attack failed: ZeroDivisionError')
+    assert not play.run.disabled and play.stop.disabled
+
+
 def test_playground_draws_while_it_runs(play):
     pictures = []
     play.image.observe(lambda change: pictures.append(change.new), 'value')

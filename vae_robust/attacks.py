@@ -243,7 +243,7 @@ def code_first(reading, code, J):
 # %% ../nbs/12_attacks.ipynb #0646f655
 def plain(preset):
     "An `AttackPreset` without a temperature."
-    return preset.model_copy(update={'soften': 1})
+    return preset.model_copy(update={'soften': 1, 'anneal': False})
 
 def hard(preset, model, x, x_t, judge=None, make=None):
     "The objective (12.16) of an `AttackPreset`: that of the model as it is evaluated."
@@ -323,7 +323,9 @@ def planned(preset, model, x, x_t, judge=None, make=None):
     "The `Plan` of an `AttackPreset`. `judge`, `make`: as in `objective_of`."
     def of(kind, *each):
         return lambda rows: kind(preset, model, *(a[rows] for a in each), x[rows], x_t if x_t is None else x_t[rows], judge, make)
-    if preset.select == 'surrogate' or not has_code(model, x):
+    coded = has_code(model, x)
+    if not coded: preset = plain(preset)                                              # there is nothing to soften
+    if preset.select == 'surrogate' or not coded:
         return Plan(of(free), of(free), [lambda rows: (of(free)(rows), None)]*preset.restarts*(1 + preset.forced))
     rank = of(SELECT[preset.select] if hasattr(model, 'decode') else hard)
     runs = [lambda rows: (of(free)(rows), rank(rows))]*preset.restarts
@@ -537,7 +539,7 @@ class Unfolded(nn.Module):
 # %% ../nbs/12_attacks.ipynb #3b14edb6
 def quick(model):
     "A copy of a `VAE` that computes the same with faster gradients; anything else as it is."
-    if not isinstance(model, VAE): return model
+    if not isinstance(model, VAE) or isinstance(model.encoder[0], Folded): return model
     fast = deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
     fast.encoder[0] = Folded(fast.encoder[0])
     if isinstance(fast.decoder[-1], nn.ConvTranspose2d): fast.decoder[-1] = Unfolded(fast.decoder[-1])
@@ -638,16 +640,17 @@ class Attacked(NamedTuple):
 # %% ../nbs/12_attacks.ipynb #6dbb78ed
 def attack_batch(plan, x, preset, noises, eps, lam, tick=lambda n: None):
     "`Attacked`: images x by a `Plan`, all at once, one run from each of the `starts`. `eps`, `lam`: numbers, or one per image."
-    B, rows, xs = len(x), torch.arange(len(x)), x.clone()
+    B, rows, xs = len(x), torch.arange(len(x), device=x.device), x.clone()
     value, surrogate = x.new_full((B,), math.inf), x.new_full((B,), math.nan)
-    evaluations, nans, zeros, trace = *torch.zeros(3, B, dtype=torch.long), [x.new_zeros(B, 0)]
+    evaluations, nans, zeros, trace = *x.new_zeros(3, B, dtype=torch.long), [x.new_zeros(B, 0)]
     hard, at = plan.hard(rows), lambda a: a[rows] if isinstance(a, Tensor) else a
     before = value_of(hard, x)
     if before.shape != (B,):
         raise AttackError(f'An objective must give one number per image, ({B},), not {tuple(before.shape)}.')
     for run, start in zip(plan.runs, starts(x, preset, noises)):
         if preset.stop is not None: rows = (value > preset.stop).nonzero()[:, 0]
-        if not len(rows): break
+        tick((B - len(rows))*(preset.steps + 1))                                       # those that are won
+        if not len(rows): continue
         found, f = run_once(run(rows), start[rows], x[rows], preset, at(eps), at(lam), tick)
         new = value_of(penalised(plan.rank(rows), x[rows], at(lam)), found)
         won = new < value[rows]
@@ -813,8 +816,10 @@ class AttackPlayground:
             keys = {k: self.sliders[k].value for k in ('lam', 'eps', 'steps')} | dict(objective=self.objective.value, forced=self.knows.value)
             if self.knows.value: keys |= dict(features='codes', select='decoded' if self.objective.value == 'latent' else 'hard')
             for side in (0, 1): self.search(side, read_preset(self.base, **keys))
-        finally:
             self.show()
+        except Exception as e:                                                         # or the thread would die in silence
+            self.note.value = f'The attack failed: {type(e).__name__}: {e}'
+        finally:
             self.busy(False)
 
     def search(self, side, p):
