@@ -111,7 +111,7 @@ class Widget:
     def until(self, condition, otherwise, seconds=60):
         ends = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < ends, otherwise
+            assert time.monotonic() < ends, f'{otherwise}: {self.box.inner_text()}'
             self.page.wait_for_timeout(20)
     def set(self, text, value):
         readout = self.slider(text).locator('.widget-readout')
@@ -174,6 +174,7 @@ def test_latent_explorer(opened):
     explorer.changes(lambda: explorer.button('entangled').click())
     explorer.until(lambda: top.locator('.widget-label').inner_text() != label,
                    'the sliders are not renamed')
+    page.wait_for_function(IDLE)  # what is drawn after a model is chosen says so in the same line
     explorer.button('save PNG').click()
     explorer.until(lambda: 'Saved as' in explorer.box.inner_text(), 'nothing was saved')
 

@@ -311,7 +311,7 @@ class Plan(NamedTuple):
 @torch.no_grad()
 def has_code(model, x):
     "Whether `model` has a categorical."
-    return hasattr(model, 'posterior') and model.posterior(x[:1]).c is not None
+    return hasattr(model, 'posterior') and getattr(model.posterior(x[:1]), 'c', None) is not None
 
 def wanted(preset, model, x, x_t):
     "The codes that an `AttackPreset` forces, one-hot, one for each of its restarts."
