@@ -72,8 +72,8 @@ def test_the_bootstrap_finds_the_standard_error_of_the_variance_components():
 def test_images_are_the_same_for_both_arms():
     "What an image does to both arms must not move the estimate."
     quiet, loud = (arms(np.random.default_rng(3), sigma=(.1, s, 0)) for s in (0, 9))
-    both = [crossed_bootstrap(rate_differences(*a, CLASSES), np.arange(60), CLASSES, 500) for a in (quiet, loud)]
-    assert np.isclose(*(np.ptp(ends(found.draws)) for found in both))
+    of = lambda a: crossed_bootstrap(rate_differences(*a, CLASSES), np.arange(60), CLASSES, 500)
+    assert np.isclose(*(np.ptp(ends(of(a).draws)) for a in (quiet, loud)))
 
 
 def test_with_one_image_for_all_it_is_a_bootstrap_of_seeds_that_agrees_with_students_test():
@@ -96,6 +96,7 @@ def test_the_same_seed_gives_the_same_draws_in_parts_of_any_size():
 def test_the_noise_is_counted_once():
     assert np.isclose(spread(1 + 4, 2 + 4, 1 + 2 + 12)**2, 7/15)
     assert spread(5, 1, 20) == spread(1, 5, 20) == np.sqrt(5/20)
+    assert spread(0., 0., 0.) == 1
 
 
 def test_two_sided_p():

@@ -86,10 +86,10 @@ def crossed_bootstrap(differences, images, classes, n=10_000, seed=0, part=1000)
     factor = spread(seeds.var(), pictures.var(), both.var())*widening(sum(still.shape) - 2)
     return Crossed(still.mean(), still.mean() + factor*(both - still.mean()), factor)
 
-# %% ../nbs/27_crossed.ipynb #95ab2900
+# %% ../nbs/27_crossed.ipynb #44db372a
 def spread(v1, v2, v12):
     "What brings draws of both to the spread of (27.3), which is never less than that of one alone."
-    return np.sqrt(max(2*(v1 + v2) - v12, v1, v2)/v12)
+    return np.sqrt(max(2*(v1 + v2) - v12, v1, v2)/v12) if v12 else 1.
 
 # %% ../nbs/27_crossed.ipynb #ebfa5fb8
 def widening(df, level=.95):

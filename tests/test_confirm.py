@@ -1,0 +1,152 @@
+"The protocol's study, on tables and models whose answers are known."
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+from vae_robust import confirm
+from vae_robust.confirm import ALL, CONTRASTS, JUDGES, TARGETED, Nearest, any_loses, arm_of
+from vae_robust.confirm import class_rates, lost, lost_cells, one_row_each, radii_of
+from vae_robust.confirm import radius_cells, rate_contrast, side_by_side, six_tests
+from vae_robust.radius import ladder, lowest_rung
+from vae_robust.settings import preset
+from vae_robust.vae import Posterior
+
+FRAME = pd.DataFrame([(s, t, 10*s + t) for s in range(10) for t in range(10) if s != t],
+                     columns=['source', 'target', 'image'])
+
+
+def seen(rng, model, seed, rate=.3):
+    "A model's rows, each judge with a mind of its own."
+    see = lambda: np.where(rng.random(90) < rate, FRAME.target, FRAME.source)
+    return FRAME.assign(model=model, seed=seed,
+                        **{f'{w}_{j}': see() for w in ('none', *TARGETED) for j in JUDGES})
+
+
+@pytest.mark.parametrize('classes, is_lost', [
+    ([3, 3, 3], False), ([3, 3, 8], False), ([3, 8, 5], True), ([8, 8, 3], True), ([3], False), ([4], True)])
+def test_lost_is_what_most_judges_do_not_recognise(classes, is_lost):
+    assert lost([classes], [3]).tolist() == [is_lost]
+
+
+def test_the_nearest_images_vote_as_a_sorted_list_does():
+    g = torch.Generator().manual_seed(0)
+    x, y, q = torch.rand(50, 1, 3, 3, generator=g), torch.arange(50) % 4, torch.rand(7, 1, 3, 3, generator=g)
+    near = (q.flatten(1)[:, None] - x.flatten(1)).square().sum(-1).argsort(1)[:, :5]
+    votes = torch.stack([torch.bincount(y[i], minlength=4) for i in near]).float()
+    assert torch.equal(Nearest(x, y, classes=4)(q), votes)
+
+
+def test_rates_by_a_loop_over_models_judges_and_classes():
+    rng = np.random.default_rng(0)
+    table = pd.concat([seen(rng, m, s) for m in ('arm_a', 'arm_b') for s in (101, 100)])
+    rate = lambda r, w: sum(r[f'{w}_{j}'] != r.source for j in JUDGES) >= 2
+    gaps = []
+    for i in (100, 101):
+        for j in (100, 101):
+            a, b = (table[(table.model == m) & (table.seed == s)].reset_index(drop=True)
+                    for m, s in (('arm_a', i), ('arm_b', j)))
+            keep = ~rate(a, 'none') & ~rate(b, 'none')
+            fell = [(rate(r, TARGETED[0]) | rate(r, TARGETED[1])).astype(float) for r in (a, b)]
+            differ = (fell[0] - fell[1])[keep]
+            gaps.append(100*differ.groupby(a.source[keep]).mean().mean())
+    assert np.isclose(rate_contrast(table, 'arm_a', 'arm_b', n=20)[0].estimate, np.mean(gaps))
+
+
+def test_an_arm_is_sorted_by_seed_and_keeps_the_order_of_pairs():
+    rng = np.random.default_rng(1)
+    later, first = seen(rng, 'arm_a', 7), seen(rng, 'arm_a', 2)
+    kept, fell = arm_of(pd.concat([later, first]), 'arm_a', TARGETED[:1])
+    assert kept.shape == fell.shape == (2, 90)
+    assert (kept[0] == ~lost(first[[f'none_{j}' for j in JUDGES]], first.source)).all()
+    assert (fell[1] == lost(later[[f'latent_code_{j}' for j in JUDGES]], later.source)).all()
+
+
+def test_a_class_weighs_as_much_as_another():
+    classes = np.array([0, 0, 0, 1])
+    kept, fell = np.array([[1, 1, 0, 1]], bool), np.array([[1, 0, 1, 1]], bool)
+    assert class_rates((kept, fell), classes) == [75]
+
+
+def test_the_tables_columns_are_attacks_and_judges():
+    rows = pd.DataFrame({'source': [3, 5], 'target': [8, 3], 'image': [0, 1], 'objective_before': 0.,
+                         'wide_before': [3, 9], 'wide_after': [8, 5]})
+    table = one_row_each([('noise', rows), ('thesis', rows[:1])])
+    assert table.columns.tolist() == ['source', 'target', 'image', 'none_wide', 'noise_wide']
+    answers = [({'model': m, 'seed': s, 'attack': 'noise'}, rows) for m in 'ab' for s in (0, 1)]
+    both = side_by_side(answers)
+    assert both.model.tolist() == list('aaaabbbb') and both.seed.tolist() == 2*[0, 0, 1, 1]
+
+
+def test_an_attack_is_not_asked_again_about_what_another_has_lost(monkeypatch):
+    asked = []
+    def attack(model, x, x_t, p, eps, judge, progress):
+        asked.append((p.goal, len(x), None if x_t is None else len(x_t), eps.tolist()))
+        return SimpleNamespace(x=x + (1 if p.goal == 'away' else 0))
+    monkeypatch.setattr(confirm, 'attack', attack)
+    monkeypatch.setattr(confirm, 'reconstruct', lambda model, x: x)
+    bright = nn.Module().eval()
+    bright.forward = lambda x: nn.functional.one_hot((x.flatten(1).sum(1) > .5).long(), 2).float()
+    x = torch.tensor([0., 1., 0.]).view(3, 1, 1, 1)
+    targeted, away = preset('attack.output'), preset('attack.damage')
+    of = any_loses(None, [bright], [targeted, away], None, x, x, torch.zeros(3, dtype=torch.long))
+    assert of(torch.tensor([1, 2]), torch.tensor([.5, .25])).tolist() == [True, True]
+    assert asked == [('target', 2, 2, [.5, .25]), ('away', 1, None, [.25])]
+
+
+def test_the_smallest_radius_of_a_judge_that_compares_two_halves():
+    halves = nn.Module().eval()
+    halves.forward = lambda x: x.flatten(1)
+    itself = SimpleNamespace(posterior=lambda x: Posterior(Normal(x.flatten(1), 1.), None),
+                             decode=lambda code: code.view(-1, 1, 1, 2))
+    x = torch.tensor([[.6, .5], [.7, .4], [.95, .05]]).view(3, 1, 1, 2)
+    asked = any_loses(itself, 3*[halves], [preset('attack.judge_untargeted', steps=6)], halves, x, None,
+                      torch.zeros(3, dtype=torch.long))
+    rung = lowest_rung(asked, 3, ladder())
+    best = [(ladder() >= r).nonzero().max().item() for r in (.05, .15)]
+    assert all(0 <= b - r <= 1 for b, r in zip(best, rung.tolist())) and rung[2] == -1
+
+
+def test_both_measures_name_whole_presets_the_draw_and_all_attacks_that_count(tmp_path):
+    study = preset('study.rehearsal')
+    cells = [c for _, c in lost_cells(study, tmp_path)]
+    assert {c.options['draw'] for c in cells} == {confirm.DRAW} and {c.measure for c in cells} == {'lost'}
+    radii = [c for _, c in radius_cells(study, tmp_path, draw=5)]
+    assert len(radii) == 2 and all(c.options['draw'] == 5 for c in radii)
+    assert [p['steps'] for p in radii[0].options['attacks']] == [1, 1]
+
+
+def test_the_arms_are_those_of_the_protocol():
+    arms = {a: preset(f'mnist.arm_{a}') for a in 'abcde'}
+    assert {a: (p.n_c or 0, p.steps) for a, p in arms.items()} == {
+        'a': (10, 40_000), 'b': (10, 60_000), 'c': (0, 40_000), 'd': (10, 60_000), 'e': (0, 60_000)}
+    assert {p.schedule for p in arms.values()} == {'warm'} and {p.batch for p in arms.values()} == {64}
+    assert [(arms[a].C_z, arms[a].C_steps, arms[a].gamma) for a in 'acde'] == [
+        (5, 25_000, 30), (7.3, 25_000, 30), (19, 50_000, 30), (21.3, 50_000, 30)]
+    studies = {a: preset(f'study.arm_{a}') for a in 'abcde'}
+    assert {a: len(s.seeds) for a, s in studies.items()} == dict(zip('abcde', (12, 8, 12, 10, 10)))
+    for s in studies.values():
+        assert s.seeds[0] == 100 and {f'attack.{a}' for a in ALL} <= set(s.attacks)
+        assert list(s.judges) == ['judge.residual', *(f'judge.{j}' for j in JUDGES)]
+
+
+def test_six_tests_are_corrected_together():
+    rng = np.random.default_rng(2)
+    arms = {m for pair in CONTRASTS.values() for m in pair}
+    rates = pd.concat([seen(rng, m, s, .1 if m == 'arm_a' else .6) for m in sorted(arms) for s in range(3)])
+    rungs = pd.concat([FRAME.assign(model=m, seed=s, kept=True, rung=rng.integers(20, 30, 90))
+                       for m in sorted(arms) for s in range(3)])
+    found = six_tests(rates, rungs, n=400)
+    assert len(found) == 6 and (found.p_holm >= found.p).all() and (found.p_holm <= 6*found.p).all()
+    assert found.estimate[0] < -30 and found.estimate[2] > 30
+    ratios = found[found.measure == 'radius']
+    assert ((ratios.low < ratios.estimate) & (ratios.estimate < ratios.high)).all() and (ratios.low > 0).all()
+
+
+def test_an_image_that_is_never_lost_has_an_infinite_radius():
+    kept, values = radii_of(FRAME.assign(model='m', seed=0, kept=True, rung=-1), 'm')
+    assert kept.all() and np.isinf(values).all() and values.shape == (1, 90)
