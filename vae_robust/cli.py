@@ -15,8 +15,10 @@ import typer
 from .settings import KINDS, SettingsError, Study, preset as read_preset, read_settings, root
 
 # %% ../nbs/20_cli.ipynb #4afe075d
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help='Are disentangled variational autoencoders really easier to attack? Train, attack and judge them.')
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  rich_markup_mode=None,
+                  help='Are disentangled variational autoencoders really easier to attack? Train, '
+                       'attack and judge them.')
 
 def values(pairs):
     "Words like `lr=1e-3` as a dict; raises `SettingsError` if one has no '='."
@@ -26,10 +28,12 @@ def values(pairs):
 
 # %% ../nbs/20_cli.ipynb #c7e2ad5d
 def wanted(name, *kinds):
-    "`name`, if it is a section for one of the `kinds`: 'model', 'judge', 'attack', 'job', 'study', 'dose'; raises `SettingsError`."
+    """`name`, if it is a section for one of the `kinds`: 'model', 'judge', 'attack', 'job',
+    'study', 'dose'; raises `SettingsError`."""
     kind = name.split('.')[0] if name.split('.')[0] in KINDS else 'model'
     if kind in kinds: return name
-    raise SettingsError(f'[{name}] is a section of kind {kind}; here one of kind {" or ".join(kinds)} is needed.')
+    raise SettingsError(f'[{name}] is a section of kind {kind}; here one of kind '
+                        f'{" or ".join(kinds)} is needed.')
 
 # %% ../nbs/20_cli.ipynb #947db060
 def say(sentence, status):
@@ -39,59 +43,84 @@ def say(sentence, status):
 
 # %% ../nbs/20_cli.ipynb #858c1b7a
 def command(f):
-    "Register `f` as a command; an expected error is one sentence on stderr and exit status 1, an interrupt 130."
+    """Register `f` as a command; an expected error is one sentence on stderr and exit status 1,
+    an interrupt 130."""
     @app.command()
     @wraps(f)
     def careful(*args, **kwargs):
-        try: return f(*args, **kwargs)
-        except KeyboardInterrupt as e: say(str(e) or 'Stopped.', 130)
+        try:
+            return f(*args, **kwargs)
+        except KeyboardInterrupt as e:
+            say(str(e) or 'Stopped.', 130)
         except Exception as e:
             if not (isinstance(e, OSError) or type(e).__module__.startswith('vae_robust.')): raise
             say(str(e), 1)
     return f
 
 # %% ../nbs/20_cli.ipynb #37979708
-Set = Annotated[list[str] | None, typer.Option('--set', help='Override a key of the preset: --set lr=1e-3. May be repeated.')]
-Length = Annotated[str | None, typer.Option(help='A train preset laid over the model: train.quick, train.smoke. Without one, the model as it stands.')]
+Set = Annotated[list[str] | None, typer.Option('--set',
+                                               help='Override a key of the preset: --set lr=1e-3. '
+                                                    'May be repeated.')]
+Length = Annotated[str | None,
+                   typer.Option(help='A train preset laid over the model: train.quick, '
+                                     'train.smoke. Without one, the model as it stands.')]
 Seed = Annotated[int, typer.Option(min=0, help='Seed of initial weights, data order and noise.')]
-Runs = Annotated[Path, typer.Option(help='Folder of checkpoints, weights and results.', show_default='runs')]
+Runs = Annotated[Path, typer.Option(help='Folder of checkpoints, weights and results.',
+                                    show_default='runs')]
 RUNS = root()/'runs'
 
 # %% ../nbs/20_cli.ipynb #d0aaa432
 @command
-def data(name: Annotated[str, typer.Argument(help='mnist, fashion, digits, dsprites, cartoons, celeba or faces:FOLDER')] = 'mnist'):
+def data(name: Annotated[str,
+                         typer.Argument(help='mnist, fashion, digits, dsprites, cartoons, celeba '
+                                             'or faces:FOLDER')] = 'mnist'):
     "Fetch a data set, verify it, and say where it lies."
     from vae_robust.data import data_folder, load
     train, test = load(name), load(name, 'test')
-    print(f'{name}: {len(train.x)} training and {len(test.x)} test images, verified; data folder {data_folder()}')
+    print(f'{name}: {len(train.x)} training and {len(test.x)} test images, verified; data folder '
+          f'{data_folder()}')
 
 # %% ../nbs/20_cli.ipynb #1c2c8846
 @command
-def train(name: Annotated[str, typer.Argument(help='A section of settings.ini, such as mnist.disentangled.')],
+def train(name: Annotated[str,
+                          typer.Argument(help='A section of settings.ini, such as '
+                                              'mnist.disentangled.')],
           length: Length = None, seed: Seed = 0, set: Set = None, runs: Runs = RUNS,
-          device: Annotated[str, typer.Option(help='cpu, or another torch device, such as cuda.')] = 'cpu'):
+          device: Annotated[str,
+                            typer.Option(help='cpu, or another torch device, such as cuda.')] = 'cpu'):
     "Train a model; an unfinished run goes on, a finished one is only reported."
     from vae_robust import training
     p = read_preset(wanted(name, 'model'), *([length] if length else []), **values(set))
-    folder = runs/(length or 'train.full')/'-'.join([name, *(set or [])]).replace('/', ':')/f'seed{seed}'
+    folder = runs/(length or 'train.full')/'-'.join([name,
+                                                     *(set or [])]).replace('/', ':')/f'seed{seed}'
     training.train(p, folder, seed, device=device)
     print(f'{name}, seed {seed}, {p.steps} steps: {folder/"weights.safetensors"}')
 
 # %% ../nbs/20_cli.ipynb #c43d7892
 @command
 def attack(name: Annotated[str, typer.Argument(help='A model, such as mnist.disentangled.')],
-           attack: Annotated[str, typer.Argument(help='An attack, such as attack.strong.')] = 'attack.strong',
-           judge: Annotated[str, typer.Option(help='A judge; shipped, if the model is.')] = 'judge.residual', length: Annotated[str, typer.Option(help="'shipped', or a train preset laid over the model.")] = 'shipped', seed: Seed = 0, set: Set = None,
+           attack: Annotated[str,
+                             typer.Argument(help='An attack, such as attack.strong.')] = 'attack.strong',
+           judge: Annotated[str,
+                            typer.Option(help='A judge; shipped, if the model is.')] = 'judge.residual', length: Annotated[str, typer.Option(help="'shipped', or a train preset laid over the model.")] = 'shipped', seed: Seed = 0, set: Set = None,
            runs: Runs = RUNS):
-    "Attack a shipped model (or one that is trained first) and print both success rates for every pair of classes."
+    """Attack a shipped model (or one that is trained first) and print both success rates for
+    every pair of classes."""
     from vae_robust import data, robustness, studies
     a = read_preset(wanted(attack, 'attack'), **values(set))
-    asked = Study(models=wanted(name, 'model'), train=length, judges=wanted(judge, 'judge'), attacks=attack, pairs=str(a.pairs), seeds=str(seed))
+    asked = Study(models=wanted(name, 'model'), train=length, judges=wanted(judge, 'judge'),
+                  attacks=attack, pairs=str(a.pairs), seeds=str(seed))
     studies.prepare(asked, runs, jobs=1)
     ((_, cell),) = studies.cells_of(asked, runs) or [(None, None)]
-    if cell is None: raise SettingsError(f'No weights are shipped for {name} with seed {seed}: give --length a train preset.')
-    model, (judge,) = studies.restore(cell.model, runs), (studies.restore(w, runs) for w in cell.judges.values())
-    table = robustness.rates(robustness.evaluate(model, judge, a, data.load(cell.model.preset.data, 'test'), desc=f'{name}: {attack}'))
+    if cell is None:
+        raise SettingsError(f'No weights are shipped for {name} with seed {seed}: give --length a '
+                            'train preset.')
+    model, (judge,) = studies.restore(cell.model,
+                                      runs), (studies.restore(w, runs)
+                                              for w in cell.judges.values())
+    table = robustness.rates(robustness.evaluate(model, judge, a,
+                                                 data.load(cell.model.preset.data, 'test'),
+                                                 desc=f'{name}: {attack}'))
     print(table.to_markdown(index=False, floatfmt='.1f'))
     print('mean AS ignore-target {:.1f} % ({:.1f} to {:.1f})'.format(*robustness.mean_rate(table.missed, table.kept)))
 
@@ -100,71 +129,98 @@ Job = Annotated[str, typer.Option(help='A job of settings.ini: job.main, job.qui
 
 # %% ../nbs/20_cli.ipynb #39bc1fee
 def report(job, runs, folder=None):
-    "Compute what is missing of a job, print its results, and write its tables and figures to `folder` (job.main: figures/, others: their own in `runs`)."
+    """Compute what is missing of a job, print its results, and write its tables and figures to
+    `folder` (job.main: figures/, others: their own in `runs`)."""
     from vae_robust import mnist, settings, verdict
-    folder, fmt = folder or (None if job == 'job.main' else runs/job), ('', '.1f', '.1f', '.1f', '.3f', '.1f', '.1f', '.0f')
+    folder, fmt = folder or (None if job == 'job.main'
+                             else runs/job), ('', '.1f', '.1f', '.1f', '.3f', '.1f', '.1f', '.0f')
     table, means = mnist.report(read_preset(wanted(job, 'job')), runs, folder)
     print(means.to_markdown(index=False, floatfmt='.1f'))
     if table.seed.nunique() > 1 and {'disentangled', 'entangled'} <= {*table.model}:
         settings.save_table(gaps := verdict.gaps(table), 'gaps', folder, floatfmt=fmt, job=job)
-        print('\nAS ignore-target, disentangled minus entangled, in points; 95 % intervals over seeds (Welch; bootstrap over seeds and classes):\n')
+        print('\nAS ignore-target, disentangled minus entangled, in points; 95 % intervals over '
+              'seeds (Welch; bootstrap over seeds and classes):\n')
         print(gaps.to_markdown(index=False, floatfmt=fmt))
     print(f'Tables and figures: {folder or root()/"figures"}')
 
 # %% ../nbs/20_cli.ipynb #f1130cf7
 @command
-def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Annotated[Path | None, typer.Option(help='Where figures and tables go.', show_default='figures; for other jobs than job.main RUNS/JOB')] = None,
-              everything: Annotated[bool, typer.Option('--everything', help='All tables, studies, series and notebooks too: some hours.')] = False):
-    "The main job: fetch data, train or load judge and models, attack, and write every table and figure. Interrupt it when you like; it goes on."
-    if everything and (folder or runs != RUNS): raise SettingsError('--everything writes to figures/ and runs/ of the checkout: leave --folder and --runs out.')
+def reproduce(job: Job = 'job.main', runs: Runs = RUNS,
+              folder: Annotated[Path | None,
+                                typer.Option(help='Where figures and tables go.',
+                                             show_default='figures; for other jobs than job.main RUNS/JOB')] = None,
+              everything: Annotated[bool, typer.Option('--everything',
+                                                       help='All tables, studies, series and notebooks too: some hours.')] = False):
+    """The main job: fetch data, train or load judge and models, attack, and write every table
+    and figure. Interrupt it when you like; it goes on."""
+    if everything and (folder or runs != RUNS):
+        raise SettingsError('--everything writes to figures/ and runs/ of the checkout: leave '
+                            '--folder and --runs out.')
     report(job, runs, folder)
-    if everything: all_of_it(runs)
+    if everything:
+        all_of_it(runs)
 
 # %% ../nbs/20_cli.ipynb #f1e258e8
 @command
-def study(name: Annotated[str, typer.Argument(help='A study or a series of settings.ini, such as study.primary or dose.beta.')], runs: Runs = RUNS, jobs: Annotated[int, typer.Option(help='Processes; -1: one per core.')] = -1,
-          backend: Annotated[str, typer.Option(help='local, or ray: on a cluster.')] = 'local', dry_run: Annotated[bool, typer.Option('--dry-run', help='Only say what is to do.')] = False,
+def study(name: Annotated[str,
+                          typer.Argument(help='A study or a series of settings.ini, such as '
+                                              'study.primary or dose.beta.')], runs: Runs = RUNS,
+          jobs: Annotated[int, typer.Option(help='Processes; -1: one per core.')] = -1,
+          backend: Annotated[str, typer.Option(help='local, or ray: on a cluster.')] = 'local',
+          dry_run: Annotated[bool, typer.Option('--dry-run',
+                                                help='Only say what is to do.')] = False,
           figures: Annotated[Path | None, typer.Option(help='Where the table goes.')] = None):
-    "Compute the cells of a study that are missing, and write its table to figures/: attacks on shipped models, or a series of models. Interrupt it when you like; it goes on."
+    """Compute the cells of a study that are missing, and write its table to figures/: attacks on
+    shipped models, or a series of models. Interrupt it when you like; it goes on."""
     from vae_robust import studies, sweep, verdict
-    if jobs == 0: raise SettingsError('--jobs 0: at least one process is needed, or -1 for one per core.')
+    if jobs == 0:
+        raise SettingsError('--jobs 0: at least one process is needed, or -1 for one per core.')
     asked, dose = read_preset(wanted(name, 'study', 'dose')), name.startswith('dose.')
     sides = verdict.sides_of(asked, runs) if dose else [studies.cells_of(asked, runs)]
     p = sweep.plan([c for side in sides for _, c in side], runs/'cells', like=('seed', 'weights'))
     models = f', {n} models or judges to train' if (n := len(studies.untrained(asked, runs))) else ''
     print(f'{name}: {p["cells"]} cells, {p["done"]} done' + (f', about {p["seconds"]/60:.0f} minutes of one core to go' if p['seconds'] > 0 else '') + models)
     if dry_run: return
-    (verdict.respond if dose else studies.trials)(asked, runs, backend=backend, **({'jobs': jobs} if backend == 'local' else {}))
-    if dose: verdict.publish_doses(runs, figures)
-    else: verdict.publish_study(name.removeprefix('study.'), runs, figures)
+    (verdict.respond if dose else studies.trials)(asked, runs, backend=backend,
+                                                  **({'jobs': jobs} if backend == 'local' else {}))
+    if dose:
+        verdict.publish_doses(runs, figures)
+    else:
+        verdict.publish_study(name.removeprefix('study.'), runs, figures)
 
 # %% ../nbs/20_cli.ipynb #94e6cec2
-QUIET = {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}                        # bars and warnings are not for the page
+QUIET = {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}  # bars and warnings are not for the page
 
 def run_notebooks():
     "Run all notebooks in order, which draw the figures, and clean them."
     for nb in sorted((root()/'nbs').glob('*.ipynb')):
         print(nb.name, flush=True)
-        subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', str(nb)], check=True, env=os.environ | QUIET)
-    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=root(), check=True)
+        subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook',
+                        '--execute', '--inplace', str(nb)], check=True, env=os.environ | QUIET)
+    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'],
+                   cwd=root(), check=True)
 
 # %% ../nbs/20_cli.ipynb #e6591d59
 def all_of_it(runs):
-    "Compute the learning curves, the thesis's tables, every study and series of settings.ini, the look at clothes and the comparison, then run all notebooks."
+    """Compute the learning curves, the thesis's tables, every study and series of settings.ini,
+    the look at clothes and the comparison, then run all notebooks."""
     from vae_robust import comparison, mnist, settings, training, verdict
     training.publish_curves(runs)
     mnist.tables(read_preset('job.tables'), runs)
     verdict.publish_quantities(runs)
     for name in read_settings():
-        if name.split('.')[0] in ('study', 'dose') and name not in ('study.smoke', 'dose.plain'): study(name, runs)
+        if name.split('.')[0] in ('study', 'dose') and name not in ('study.smoke', 'dose.plain'):
+            study(name, runs)
     clothes = read_preset('job.fashion')
-    settings.save_csv(mnist.report(clothes, runs, runs/'job.fashion')[1], 'fashion', **clothes.model_dump())
+    settings.save_csv(mnist.report(clothes, runs, runs/'job.fashion')[1], 'fashion',
+                      **clothes.model_dump())
     comparison.compare(runs)
     run_notebooks()
 
 # %% ../nbs/20_cli.ipynb #90383634
 @command
-def site(folder: Annotated[Path | None, typer.Option(help='Where the pages go.', show_default='_site')] = None):
+def site(folder: Annotated[Path | None, typer.Option(help='Where the pages go.',
+                                                     show_default='_site')] = None):
     "Make web pages of the notebooks and the docstrings, to be read without a network."
     from vae_robust.site import build
     print(f'Open {build(folder)} in a browser.')
