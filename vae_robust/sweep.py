@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'IDLE', 'BACKENDS', 'SweepError', 'settings_of', 'line', 'key', 'path_of', 'keep', 'answer', 'attempt',
-           'end_with', 'worker', 'handed', 'result', 'local', 'cluster', 'computed', 'alone', 'missing', 'finish',
-           'keep_answers', 'sweep', 'clock', 'clocked', 'collected', 'plan']
+           'end_with', 'worker', 'handed', 'lost', 'result', 'release', 'local', 'cluster', 'computed', 'alone',
+           'missing', 'finish', 'keep_answers', 'sweep', 'clock', 'timed', 'clocked', 'collected', 'plan']
 
 # %% ../nbs/17_sweep.ipynb #858bf018
 import fcntl, json, math, os, threading, time, traceback
@@ -59,8 +59,8 @@ def answer(cell, folder):
 
 # %% ../nbs/17_sweep.ipynb #ed65bb1c
 def attempt(compute, cell):
-    """(cell, table, seconds, None), or (cell, None, seconds, traceback) if `compute(cell)`
-    raised, or gave no data frame."""
+    """(cell, table, seconds, None), or (cell, None, seconds, traceback) if `compute(cell)` raised,
+    or gave no data frame."""
     began = time.monotonic()
     try:
         table, trouble = compute(cell), None
@@ -71,8 +71,6 @@ def attempt(compute, cell):
     return cell, table, time.monotonic() - began, trouble
 
 # %% ../nbs/17_sweep.ipynb #74e859db
-THREADS = ('OMP', 'OPENBLAS', 'MKL', 'BLIS', 'NUMEXPR', 'NUMBA', 'VECLIB_MAXIMUM')
-
 def end_with(parent):
     "In a worker: end within a second after the process `parent` has."
     def watch():
@@ -82,6 +80,8 @@ def end_with(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/17_sweep.ipynb #d15c170b
+THREADS = ('OMP', 'OPENBLAS', 'MKL', 'BLIS', 'NUMEXPR', 'NUMBA', 'VECLIB_MAXIMUM')
+
 def worker():
     """A process that computes one thing at a time on one thread, and is given up after five idle
     minutes."""
@@ -89,24 +89,37 @@ def worker():
                                env={f'{t}_NUM_THREADS': '1' for t in THREADS})
 
 # %% ../nbs/17_sweep.ipynb #d15c1702
-IDLE = {}  # {process: its workers that are up, for its next sweep}
+IDLE = {}                                # {process: its workers that are up, for its next sweep}
 
 def handed(compute, cell):
     """(future, worker): `attempt(compute, cell)`, handed to an idle worker of this process, or
     to a new one."""
     idle = IDLE.setdefault(os.getpid(), [])
     while idle:
-        with suppress(RuntimeError):
-            return (w := idle.pop()).submit(attempt, compute, cell), w  # unless it died meanwhile
+        with suppress(RuntimeError):                               # unless it died meanwhile
+            return (w := idle.pop()).submit(attempt, compute, cell), w
     return (w := worker()).submit(attempt, compute, cell), w
 
 # %% ../nbs/17_sweep.ipynb #d15c1707
+def lost(cell, error, began):
+    "What `attempt` would say of a cell whose process died of an `error`."
+    said = f'{type(error).__name__}: {" ".join(str(error).split())}'
+    return cell, None, time.monotonic() - began, said
+
 def result(future, cell, began):
-    "What `attempt` gave for a cell in another process, or the same of a cell whose process died."
+    "What `attempt` gave for a cell in another process, or that it is `lost`."
     try:
         return future.result()
     except Exception as e:
-        return cell, None, time.monotonic() - began, f'{type(e).__name__}: {" ".join(str(e).split())}'
+        return lost(cell, e, began)
+
+# %% ../nbs/17_sweep.ipynb #651e2033
+def release(worker, broken):
+    "A worker that has computed waits for the next cell; one that is `broken` is ended."
+    if broken:
+        worker.shutdown(wait=False, kill_workers=True)
+    else:
+        IDLE[os.getpid()].append(worker)
 
 # %% ../nbs/17_sweep.ipynb #d15c1706
 def local(compute, cells, jobs=-1):
@@ -124,42 +137,40 @@ def local(compute, cells, jobs=-1):
                 busy[future] = w, cell, time.monotonic()
             for future in wait(busy, return_when=FIRST_COMPLETED)[0]:
                 w, *asked = busy.pop(future)
-                if future.exception():
-                    w.shutdown(wait=False, kill_workers=True)
-                else:
-                    IDLE[os.getpid()].append(w)
+                release(w, future.exception())
                 yield result(future, *asked)
     finally:
         for w, *_ in busy.values():
-            w.shutdown(wait=False, kill_workers=True)
+            release(w, broken=True)
 
 # %% ../nbs/17_sweep.ipynb #6297d541
 def cluster(compute, cells, gpus=0):
     """As `local`, on the Ray cluster that this machine belongs to (or a new one on this
     machine), each cell with one core and the share `gpus` of a GPU. A cell whose process dies is
     tried six times. Needs `pip install vae_robust[cluster]`."""
-    os.environ.setdefault('RAY_task_oom_retries', '5')                   # without it, for ever
+    os.environ.setdefault('RAY_task_oom_retries', '5')             # without it, for ever
     import ray
     if not ray.is_initialized():
-        ray.init(address=os.environ.get('RAY_ADDRESS'), log_to_driver=False,
-                 include_dashboard=False)
-    remote, shared = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(attempt), ray.put(compute)
-    waiting, began = {remote.remote(shared, c): c for c in cells}, time.monotonic()
+        address = os.environ.get('RAY_ADDRESS')
+        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(attempt)
+    shared, began = ray.put(compute), time.monotonic()
+    waiting = {remote.remote(shared, c): c for c in cells}
     while waiting:
         (ready,), _ = ray.wait([*waiting])
         cell = waiting.pop(ready)
         try:
             yield ray.get(ready)
         except ray.exceptions.RayError as e:
-            yield cell, None, time.monotonic() - began, f'{type(e).__name__}: {e}'
+            yield lost(cell, e, began)
 
 # %% ../nbs/17_sweep.ipynb #e52dc713
 BACKENDS = {'local': local, 'ray': cluster}
 
 # %% ../nbs/17_sweep.ipynb #d15c1709
 def computed(backend, compute, cells, **options):
-    """An iterator over `attempt(compute, cell)` for cells, by the `backend` of that name; raises
-    `SweepError` if there is none."""
+    """An iterator over `attempt(compute, cell)` for cells, by the `backend` of that name;
+    raises `SweepError` if there is none."""
     if backend not in BACKENDS:
         raise SweepError(f'There is no backend {backend!r}; {near(backend, BACKENDS)}')
     if options.get('jobs') == 0:
@@ -204,7 +215,9 @@ def finish(todo, compute, done, total=None, backend='local', progress=True, **op
                 done(cell, table, seconds)
             bar.update()
     if troubles:
-        raise SweepError(f'{len(troubles)} of {total} cells failed, the others are done:\n\n' + '\n'.join(troubles))
+        failed = '\n'.join([f'{len(troubles)} of {total} cells failed, the others are done:\n',
+                            *troubles])
+        raise SweepError(failed)
 
 # %% ../nbs/17_sweep.ipynb #339bbba6
 def keep_answers(cells, compute, folder, backend='local', progress=True, **options):
@@ -232,6 +245,13 @@ def clock(cell, seconds, folder):
         f.write((b'' if f.read() in (b'', b'\n') else b'\n') + entry.encode() + b'\n')
 
 # %% ../nbs/17_sweep.ipynb #d15c1708
+def timed(entry):
+    "Whether an entry of the clock is one: the settings of a cell, and a time."
+    seconds = entry.get('seconds') if isinstance(entry, dict) else None
+    is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
+    return is_time and isinstance(entry.get('settings'), dict)
+
+# %% ../nbs/17_sweep.ipynb #e5585741
 def clocked(folder):
     """What `clock` has noted, a list of dicts; lines that are torn or say something else are
     passed over."""
@@ -240,14 +260,12 @@ def clocked(folder):
         for text in (Path(folder)/'seconds.jsonl').read_bytes().splitlines():
             with suppress(ValueError):
                 entries.append(json.loads(text))
-    timed = lambda e: isinstance(e, dict) and isinstance(e.get('settings'),
-                                                         dict) and isinstance(e.get('seconds'), (int, float)) and 0 <= e['seconds'] < math.inf
     return [e for e in entries if timed(e)]
 
 # %% ../nbs/17_sweep.ipynb #26d27160
 def collected(cells, folder):
-    """The answers of `cells` that are in `folder`, one below the other, each with its question
-    as columns (lists and dicts as JSON)."""
+    """The answers of `cells` that are in `folder`, one below the other, each with its question as
+    columns (lists and dicts as JSON)."""
     column = lambda v: line_of(v) if isinstance(v, (dict, list, tuple)) else v
     found = [(settings_of(c), answer(c, folder)) for c in cells]
     tables = [table.assign(**{k: column(v) for k, v in c.items()}) for c,
@@ -258,9 +276,8 @@ def collected(cells, folder):
 def plan(cells, folder, jobs=1, like=('seed',)):
     """What a sweep would do: {'cells', 'done', 'seconds'}, from the times of finished cells that
     differ only in the settings `like`; nan if no cell is finished."""
-    todo, kind = missing(cells,
-                         folder), lambda settings: line({k: v for k,
-                                                         v in settings.items() if k not in like})
+    kind = lambda settings: line({k: v for k, v in settings.items() if k not in like})
+    todo = missing(cells, folder)
     past = pd.DataFrame(clocked(folder), columns=['cell', 'seconds', 'settings'])
     means = past.groupby(past.settings.map(kind)).seconds.mean() if len(past) else {}
     known = [means.get(kind(settings_of(c)), past.seconds.mean()) for c in todo]

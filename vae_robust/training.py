@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load as load_tensors, save as save_tensors
+from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.distributions import Distribution
 from torch.nn.parallel import DistributedDataParallel
