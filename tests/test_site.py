@@ -23,9 +23,11 @@ class Page(HTMLParser):
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
-        if 'id' in a: self.ids.add(a['id'])
+        if 'id' in a:
+            self.ids.add(a['id'])
         self.links += [a[k] for k in ('href', 'src') if k in a and not a[k].startswith('data:')]
-        if 'rel' in a and tag == 'a': self.way[a['rel']] = a['href']
+        if 'rel' in a and tag == 'a':
+            self.way[a['rel']] = a['href']
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +44,8 @@ def pages(site):
 
 
 def test_chapters_and_modules_have_pages(pages):
-    assert set(pages) == {'index.html'} | {f'{f.stem}.html' for f in chapters()} | {f'api_{m}.html' for m in MODULES}
+    assert set(pages) == {'index.html'} | {f'{f.stem}.html'
+                                           for f in chapters()} | {f'api_{m}.html' for m in MODULES}
 
 
 def broken(pages, site):
@@ -52,15 +55,19 @@ def broken(pages, site):
             if link.startswith('https://'): continue
             file, _, anchor = unquote(link).partition('#')
             there = pages.get(file or name)
-            if (anchor and (not there or anchor not in there.ids)) or not (site/(file or name)).is_file(): yield name, link
+            if (anchor and (not there
+                            or anchor not in there.ids)) or not (site/(file or name)).is_file():
+                yield name, link
 
 def test_links_lead_somewhere(pages, site):
     assert list(broken(pages, site)) == []
     assert sum(len(p.links) for p in pages.values()) > 2000
 
 def test_the_check_of_links_can_fail(pages, site):
-    wrong = Page('<a href="nowhere.html"></a><a href="02_elbo.html#nowhere"></a><a href="#nowhere"></a><a href="02_elbo.html#eq-2.1">')
-    assert len([page for page, _ in broken(pages | {'wrong.html': wrong}, site) if page == 'wrong.html']) == 3
+    wrong = Page('<a href="nowhere.html"></a><a href="02_elbo.html#nowhere"></a><a '
+                 'href="#nowhere"></a><a href="02_elbo.html#eq-2.1">')
+    assert len([page for page, _ in broken(pages | {'wrong.html': wrong}, site)
+                if page == 'wrong.html']) == 3
 
 
 def test_the_way_leads_through_all_pages_and_back(pages):
@@ -74,13 +81,15 @@ def test_the_way_leads_through_all_pages_and_back(pages):
 def test_equations_can_be_reached_by_their_numbers(pages):
     anchors = [i for p in pages.values() for i in p.ids if i.startswith('eq-')]
     assert len(anchors) > 150 and len(anchors) == len(set(anchors))
-    assert '12_attacks.html#eq-12.5' in pages['16_verdict.html'].links + pages['12_attacks.html'].links
+    links = pages['16_verdict.html'].links + pages['12_attacks.html'].links
+    assert '12_attacks.html#eq-12.5' in links
 
 
 @pytest.mark.parametrize('name', MODULES)
 def test_the_reference_has_every_exported_name_and_its_docstring(site, name):
     text, m = (site/f'api_{name}.html').read_text(), import_module(f'vae_robust.{name}')
-    for k in m.__all__: assert f'<h3 id="{k}">' in text, k
+    for k in m.__all__:
+        assert f'<h3 id="{k}">' in text, k
     assert not re.search(r'0x[0-9a-f]{6}', text)
 
 
@@ -93,26 +102,32 @@ def test_hidden_cells_and_directives_stay_hidden(site):
 def test_no_link_is_left_in_markdown(site):
     for f in site.glob('*.html'):
         text = re.sub(r'(?s)<(pre|code).*?</\1>|<div class="output">.*?</div>', '', f.read_text())
-        assert not re.search(r'\[[^]<]*(<a [^>]*>[^<]*</a>)?[^]<]*\]\((nbs|https?:|\d\d_)', text), f.name
+        assert not re.search(r'\[[^]<]*(<a [^>]*>[^<]*</a>)?[^]<]*\]\((nbs|https?:|\d\d_)',
+                             text), f.name
 
 
 def test_search_finds_words_where_they_are(site):
     sections = json.loads((site/'sections.js').read_text().removeprefix('const SECTIONS = '))
-    of = lambda *words: {address.partition('#')[0] for address, _, text in sections if all(w in text for w in words)}
-    assert '05_concrete.html' in of('gumbel') and 'api_attacks.html' in of('smallest_radius') and '00_settings.html' not in of('gumbel', 'capacity', 'dsprites')
+    of = lambda *words: {address.partition('#')[0] for address, _,
+                         text in sections if all(w in text for w in words)}
+    assert '05_concrete.html' in of('gumbel') and 'api_attacks.html' in of('smallest_radius')
+    assert '00_settings.html' not in of('gumbel', 'capacity', 'dsprites')
 
 
 def test_without_npm_it_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, 'which', lambda name: None)
     done = CliRunner().invoke(app, ['site', '--folder', str(tmp_path/'site')])
-    assert done.exit_code == 1 and 'install Node.js' in done.stderr and not (tmp_path/'site').exists()
+    assert done.exit_code == 1 and 'install Node.js' in done.stderr
+    assert not (tmp_path/'site').exists()
     def offline(*command, folder): raise OSError('no network')
     monkeypatch.setattr(module.shutil, 'which', lambda name: name)
     monkeypatch.setattr(module, 'call', offline)
-    with pytest.raises(SiteError, match='npm could not fetch MathJax: no network'): build(tmp_path/'site')
+    with pytest.raises(SiteError, match='npm could not fetch MathJax: no network'):
+        build(tmp_path/'site')
     assert not (tmp_path/'site').exists()
 
 
 def test_outside_a_checkout_it_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'root', lambda: tmp_path)
-    with pytest.raises(SiteError, match='checkout'): build()
+    with pytest.raises(SiteError, match='checkout'):
+        build()

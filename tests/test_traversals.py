@@ -10,12 +10,13 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-from vae_robust import traversals
+from vae_robust import explorer as explorer_module
 from vae_robust.attacks import AttackPlayground, attack, coloured, curve, bars
 from vae_robust.data import load, pixels
 from vae_robust.settings import preset
 from vae_robust.training import pretrained
-from vae_robust.traversals import (LatentExplorer, across, along, categories, kl_per_latent, png,
+from vae_robust.explorer import LatentExplorer
+from vae_robust.traversals import (across, along, categories, kl_per_latent, png,
                                    stacked, strip, traversal)
 from vae_robust.vae import VAE
 
@@ -119,7 +120,7 @@ def test_buttons_of_the_explorer(explorer, model, tmp_path, monkeypatch):
     assert_close(explorer.code, explorer.models['two'].posterior(pixels(DATA.x[:1])).mode)
     explorer.name.value, explorer.index.value = 'one', 3
     assert_close(explorer.code, model.posterior(pixels(DATA.x[3:4])).mode)
-    monkeypatch.setattr(traversals, 'root', lambda: tmp_path)
+    monkeypatch.setattr(explorer_module, 'root', lambda: tmp_path)
     explorer.save.click()
     assert (tmp_path/'runs'/'explorer.png').read_bytes() == explorer.image.value
     assert 'Saved' in explorer.note.value

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Count', 'AtLeastOne', 'Width', 'Seed', 'Counts', 'Words', 'Seeds', 'KINDS', 'smoke',
-           'ModelPreset', 'JudgePreset', 'AttackPreset', 'words', 'different', 'known_axes', 'told_apart', 'Study',
-           'SettingsError', 'settings_file', 'read_settings', 'near', 'section', 'complaint', 'preset', 'root',
-           'commit', 'provenance', 'DiskError', 'free', 'disk', 'running', 'temporary', 'sweep_up', 'settle', 'write',
-           'TableError', 'line_of', 'read_rows', 'type_of', 'unsaid', 'proof', 'table_text', 'parts_of', 'facts_of',
-           'read_table', 'keep_table', 'kept_table', 'save_figure', 'save_csv', 'save_table']
+           'ModelPreset', 'JudgePreset', 'in_grey_values', 'AttackPreset', 'words', 'different', 'known_axes',
+           'told_apart', 'Study', 'SettingsError', 'settings_file', 'read_settings', 'near', 'section', 'complaint',
+           'preset', 'root', 'git', 'commit', 'provenance', 'DiskError', 'free', 'disk', 'running', 'temporary',
+           'sweep_up', 'settle', 'write', 'TableError', 'number', 'line_of', 'read_rows', 'type_of', 'empty_words',
+           'unsaid', 'proof', 'table_text', 'parts_of', 'facts_of', 'read_table', 'keep_table', 'kept_table',
+           'save_figure', 'save_csv', 'save_table']
 
 # %% ../nbs/00_settings.ipynb #0870e9a9
 import configparser, difflib, io, json, os, platform, re, shutil, subprocess, threading
@@ -17,24 +18,27 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import model_validator
 
 # %% ../nbs/00_settings.ipynb #96df9a43
 def smoke():
-    "True if the environment variable VAE_ROBUST_SMOKE is set and not '0': run everything, but small."
+    """True if the environment variable VAE_ROBUST_SMOKE is set and not '0': run everything, but
+    small."""
     return os.environ.get('VAE_ROBUST_SMOKE', '0') not in ('', '0')
 
 # %% ../nbs/00_settings.ipynb #407965f3
-Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]       # a float32 ends at 3e38
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]     # a float32 ends at 3e38
 NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-Width = Annotated[int, Field(ge=1, le=65536)]                                # of a layer: more is a slip of the pen
+Width = Annotated[int, Field(ge=1, le=65536)]                # of a layer: more is a slip of the pen
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # %% ../nbs/00_settings.ipynb #9be82a44
 class ModelPreset(BaseModel, extra='forbid', frozen=True):
-    "What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps` in optimiser steps, `size` in pixels."
+    """What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps`
+    in optimiser steps, `size` in pixels."""
     data: str
     likelihood: Literal['bernoulli', 'gaussian']
     n_z: Width
@@ -69,12 +73,24 @@ class JudgePreset(BaseModel, extra='forbid', frozen=True):
     batch: AtLeastOne
     steps: Count
 
+# %% ../nbs/00_settings.ipynb #7194082f
+def in_grey_values(attack):
+    "An `AttackPreset` as it is; ValueError if its radius `eps` is larger than images can be apart."
+    if attack.ball == 'linf' and attack.eps > 1:
+        raise ValueError(f'eps = {attack.eps:g} is more than the whole range of grey values, which '
+                         'is 1')
+    if attack.eps > 1e4:
+        raise ValueError(f'eps = {attack.eps:g} is more than two images of any size here can be '
+                         'apart')
+    return attack
+
 # %% ../nbs/00_settings.ipynb #5ab9978a
 class AttackPreset(BaseModel, extra='forbid', frozen=True):
-    """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a norm), `step` as a share of `eps`,
-    `stop` in units of the objective, `soften` a temperature of the logits (with `anneal` it falls to 1), `forced` and `select` as in chapter 12,
-    `doubled` starts around 2x instead of x, `pairs` per class pair."""
-    objective: Literal['latent', 'code', 'kl', 'reverse_kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'classifier', 'judge']
+    """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a
+    norm), `step` as a share of `eps`, `stop` in units of the objective, `soften` a temperature that
+    falls to 1 with `anneal`; `forced`, `select`: chapter 12; `pairs` per class pair."""
+    objective: Literal['latent', 'code', 'kl', 'reverse_kl', 'symmetric_kl', 'w2',
+                       'output', 'l_vae', 'classifier', 'judge']
     goal: Literal['target', 'away'] = 'target'
     features: Literal['means', 'logits', 'log_probs', 'codes']
     lam: NonNegative
@@ -98,13 +114,7 @@ class AttackPreset(BaseModel, extra='forbid', frozen=True):
     sample: bool
     dropout: bool
     pairs: AtLeastOne
-
-    @model_validator(mode='after')
-    def in_grey_values(self):
-        if self.ball == 'linf' and self.eps > 1:
-            raise ValueError(f'eps = {self.eps:g} is more than the whole range of grey values, which is 1')
-        if self.eps > 1e4: raise ValueError(f'eps = {self.eps:g} is more than two images of any size here can be apart')
-        return self
+    check_radius = model_validator(mode='after')(in_grey_values)
 
 # %% ../nbs/00_settings.ipynb #8fe302bb
 def words(text):
@@ -113,18 +123,21 @@ def words(text):
 
 # %% ../nbs/00_settings.ipynb #d15c001e
 def different(values):
-    "`values` as they are; ValueError if one is named twice, since it would count twice, and make an interval too narrow."
+    """`values` as they are; ValueError if one is named twice,
+    since it would count twice, and make an interval too narrow."""
     for v in values:
         if values.count(v) > 1: raise ValueError(f'{v} is named twice')
     return values
 
 # %% ../nbs/00_settings.ipynb #d15c001f
 Counts = Annotated[tuple[Count, ...], BeforeValidator(words), Field(min_length=1)]
-Words, Seeds = (Annotated[tuple[t, ...], BeforeValidator(words), Field(min_length=1), AfterValidator(different)] for t in (str, Seed))
+Words, Seeds = (Annotated[tuple[t, ...], BeforeValidator(words), Field(min_length=1),
+                          AfterValidator(different)] for t in (str, Seed))
 
 # %% ../nbs/00_settings.ipynb #fa5d1802
 def known_axes(study):
-    "A `Study` as it is; ValueError if one of its axes is no key of a model or of an attack, or has a value twice."
+    """A `Study` as it is; ValueError if one of its axes is no key of a model or of an attack,
+    or has a value twice."""
     kinds = {'model': ModelPreset, 'attack': AttackPreset}
     known = [f'{kind}.{k}' for kind, p in kinds.items() for k in p.model_fields]
     for k, values in study.axes.items():
@@ -135,19 +148,23 @@ def known_axes(study):
 
 # %% ../nbs/00_settings.ipynb #780a4441
 def told_apart(study):
-    "A `Study` as it is; ValueError if its table could not tell two of its models or axes apart, or for too few `pairs`."
+    """A `Study` as it is; ValueError if its table could not tell two of its models or axes apart,
+    or for too few `pairs`."""
     for what, names in {'models': study.models, 'axes': study.axes}.items():
-        if len({n.split('.')[-1] for n in names}) < len(names): raise ValueError(f'two {what} have the same last name, and tables could not tell them apart')
+        if len({n.split('.')[-1] for n in names}) < len(names):
+            raise ValueError(f'two {what} have the same last name, and tables could not tell them '
+                             'apart')
     n, m = len(study.attacks), len(study.pairs)
     if m not in (1, n): raise ValueError(f'{n} attacks need one number of pairs, or {n}, not {m}')
     return study
 
 # %% ../nbs/00_settings.ipynb #60e9c1c3
 class Study(BaseModel, extra='allow', frozen=True):
-    """Models (sections) x seeds x attacks (sections) x every combination of the values of further keys, `model.KEY` or
-    `attack.KEY`. `train`: 'shipped', or a train section that is laid over the models; `anew`: shipped weights are not
-    taken; `judges` are sections, the first is the one that an attack may use; `pairs` of images per ordered class pair,
-    one number, or one for each attack. A section `[study.name]`, `[dose.name]` or `[job.name]`."""
+    """Models (sections) x seeds x attacks (sections) x every combination of the values of
+    further keys, `model.KEY` or `attack.KEY`. `train`: 'shipped', or a train section that is
+    laid over the models; `anew`: shipped weights are not taken; `judges` are sections, the first
+    is the one that an attack may use; `pairs` of images per ordered class pair, one number, or
+    one for each attack. A section `[study.name]`, `[dose.name]` or `[job.name]`."""
     models: Words
     train: str = 'shipped'
     anew: bool = False
@@ -175,18 +192,25 @@ class SettingsError(ValueError):
 
 # %% ../nbs/00_settings.ipynb #8c3c06e3
 def settings_file():
-    "Path of the settings: the environment variable VAE_ROBUST_SETTINGS, else the `settings.ini` that came with the package."
+    """Path of the settings: the environment variable VAE_ROBUST_SETTINGS,
+    else the `settings.ini` that came with the package."""
     return Path(os.environ.get('VAE_ROBUST_SETTINGS') or Path(__file__).with_name('settings.ini'))
 
 # %% ../nbs/00_settings.ipynb #23d05662
 def read_settings(file=None):
-    "All sections of a settings file as a dict of dicts of strings; raises `SettingsError` if it is missing or malformed."
+    """All sections of a settings file as a dict of dicts of strings;
+    raises `SettingsError` if it is missing or malformed."""
     file = Path(file or settings_file())
-    ini = configparser.ConfigParser(default_section='', interpolation=None, inline_comment_prefixes=(';',))
-    ini.optionxform = str                                                        # keys keep their case: C_z
-    try: ini.read_string(file.read_text(), source=file.name)
-    except OSError as e: raise SettingsError(f'{file.name}: cannot be read ({e.strerror}); set VAE_ROBUST_SETTINGS or restore the file.') from None
-    except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f'{file.name}: ' + ' '.join(str(e).split())) from None
+    ini = configparser.ConfigParser(default_section='', interpolation=None,
+                                    inline_comment_prefixes=(';',))
+    ini.optionxform = str                                          # keys keep their case: C_z
+    try:
+        ini.read_string(file.read_text(), source=file.name)
+    except OSError as e:
+        raise SettingsError(f'{file.name}: cannot be read ({e.strerror}); '
+                            'set VAE_ROBUST_SETTINGS or restore the file.') from None
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise SettingsError(f'{file.name}: ' + ' '.join(str(e).split())) from None
     return {name: dict(ini[name]) for name in ini.sections() if name}
 
 # %% ../nbs/00_settings.ipynb #62f578e3
@@ -197,51 +221,65 @@ def near(word, words):
 
 # %% ../nbs/00_settings.ipynb #9af62803
 def section(name, sections, file='settings.ini', seen=()):
-    "The keys of one section with those of the section it is `like`, as `{key: (value, section it stands in)}`."
+    """The keys of one section with those of the section it is `like`,
+    as `{key: (value, section it stands in)}`."""
     if name in seen: raise SettingsError(f'{file} [{name}]: its `like` leads back to itself.')
-    if name not in sections: raise SettingsError(f'{file}: there is no section [{name}]; {near(name, sections)}')
+    if name not in sections:
+        raise SettingsError(f'{file}: there is no section [{name}]; {near(name, sections)}')
     own = {k: (v, name) for k, v in sections[name].items()}
     base, _ = own.pop('like', (None, None))
     return (section(base, sections, file, (*seen, name)) if base else {}) | own
 
 # %% ../nbs/00_settings.ipynb #e855f249
 def complaint(error, where, file, kind):
-    "The first problem of a pydantic `ValidationError` as one sentence; `where` maps a key to the section it stands in."
+    """The first problem of a pydantic `ValidationError` as one sentence;
+    `where` maps a key to the section it stands in."""
     e = error.errors()[0]
-    given = ' '.join(str(e['input']).split())[:60]
+    given, said = ' '.join(str(e['input']).split())[:60], e['msg'].removeprefix('Value error, ')
     key = e['loc'][0] if e['loc'] else ''
     at = f'{file} [{where.get(key, where[None])}]'
-    if not key: return f'{at}: ' + e['msg'].removeprefix('Value error, ').rstrip('.') + ('' if e['msg'].endswith('?') else '.')
+    if not key: return f'{at}: {said.rstrip(".")}{"" if said.endswith("?") else "."}'
     if e['type'] == 'missing': return f'{at}: the key {key!r} is missing.'
-    if e['type'] == 'extra_forbidden': return f'{at} {key}: unknown key; {near(key, kind.model_fields)}'
-    return f'{at} {key} = {given}: {e["msg"].removeprefix("Value error, ").lower()}.'
+    if e['type'] == 'extra_forbidden':
+        return f'{at} {key}: unknown key; {near(key, kind.model_fields)}'
+    return f'{at} {key} = {given}: {said.lower()}.'
 
 # %% ../nbs/00_settings.ipynb #a67650f2
-KINDS = {'attack': AttackPreset, 'judge': JudgePreset} | dict.fromkeys(('job', 'study', 'dose'), Study)
+KINDS = {'attack': AttackPreset,
+         'judge': JudgePreset} | dict.fromkeys(('job', 'study', 'dose'), Study)
 
 def preset(name, /, *overlays, file=None, **overrides):
-    """The preset in section `name`, with the sections `overlays` and then the keyword `overrides` laid over it.
-    A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset` (`attack.*`) or `Study` (`job.*`, `study.*`, `dose.*`); raises
-    `SettingsError`."""
+    """The preset in section `name`, with the sections `overlays` and then the keyword
+    `overrides` laid over it. A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset`
+    (`attack.*`) or `Study` (`job.*`, `study.*`, `dose.*`); raises `SettingsError`."""
     file, sections = Path(file or settings_file()), read_settings(file)
     found = {k: v for s in (name, *overlays) for k, v in section(s, sections, file.name).items()}
     found |= {k: (v, 'command line') for k, v in overrides.items()}
-    kind, where = KINDS.get(name.split('.')[0], ModelPreset), {k: s for k, (_, s) in found.items()} | {None: name}
-    try: return kind(**{k: v for k, (v, _) in found.items()})
-    except ValidationError as e: raise SettingsError(complaint(e, where, file.name, kind)) from None
+    kind, where = KINDS.get(name.split('.')[0], ModelPreset), {k: s for k, (_, s) in found.items()}
+    try:
+        return kind(**{k: v for k, (v, _) in found.items()})
+    except ValidationError as e:
+        raise SettingsError(complaint(e, where | {None: name}, file.name, kind)) from None
 
 # %% ../nbs/00_settings.ipynb #1e6b1ad7
 def root():
-    "The checkout's top folder if the package runs from one, else the current folder; figures/ and runs/ lie in it."
+    """The checkout's top folder if the package runs from one, else the current folder;
+    figures/ and runs/ lie in it."""
     top = Path(__file__).resolve().parent.parent
     return top if (top/'nbs').is_dir() else Path.cwd()
 
 # %% ../nbs/00_settings.ipynb #fb5c8cd8
+def git(*words):
+    "What `git WORDS` prints in the checkout."
+    return subprocess.run(['git', '-C', root(), *words], capture_output=True,
+                          text=True).stdout.strip()
+
 def commit():
-    "Short hash of the checkout's commit, with '+' if tracked code has changed since; 'none' without git."
+    """Short hash of the checkout's commit, with '+' if tracked code has changed since; 'none'
+    without git."""
     if not (root()/'.git').exists() or not shutil.which('git'): return 'none'
-    git = lambda *a: subprocess.run(['git', '-C', root(), *a], capture_output=True, text=True).stdout.strip()
-    return (git('rev-parse', '--short', 'HEAD') or 'none') + ('+' if git('status', '--porcelain', '--', 'vae_robust', 'settings.ini') else '')
+    changed = git('status', '--porcelain', '--', 'vae_robust', 'settings.ini')
+    return (git('rev-parse', '--short', 'HEAD') or 'none') + ('+' if changed else '')
 
 # %% ../nbs/00_settings.ipynb #9a6aa606
 def provenance(**facts):
@@ -250,7 +288,8 @@ def provenance(**facts):
 
 # %% ../nbs/00_settings.ipynb #8117e707
 class DiskError(OSError):
-    "A file that could not be written; the message says which, why, how many bytes it needs and how many are free."
+    """A file that could not be written; the message says which, why,
+    how many bytes it needs and how many are free."""
 
 # %% ../nbs/00_settings.ipynb #d15c0016
 def free(path):
@@ -261,47 +300,61 @@ def free(path):
 @contextmanager
 def disk(path, size=0):
     "Within this context, which writes `size` bytes to `path`, an OSError becomes a `DiskError`."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        raise DiskError(f'{path} cannot be written ({e.strerror or e}): it needs {size:,} bytes, and {free(Path(path).absolute()):,} are free there. '
+        room = free(Path(path).absolute())
+        raise DiskError(f'{path} cannot be written ({e.strerror or e}): it needs {size:,} bytes, '
+                        f'and {room:,} are free there. '
                         'Make room, or choose a folder that can be written to.') from e
 
 # %% ../nbs/00_settings.ipynb #d15c0001
 def running(pid):
     "Whether a process of this machine has the number `pid`."
-    with suppress(ProcessLookupError, OverflowError): os.kill(pid, 0); return True
+    with suppress(ProcessLookupError, OverflowError):
+        os.kill(pid, 0)
+        return True
     return False
 
 # %% ../nbs/00_settings.ipynb #d15c0019
 def temporary(path):
     "The name under which this thread of this process on this machine writes what is to be `path`."
-    return path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}-{threading.get_native_id()}')
+    writer = f'{platform.node()}.{os.getpid()}-{threading.get_native_id()}'
+    return path.with_name(f'.{path.name}.{writer}')
 
 # %% ../nbs/00_settings.ipynb #d15c001a
 def sweep_up(folder):
     "Remove the temporary files in `folder` of processes on this machine that are no more."
     ours = re.compile(rf'\..+\.{re.escape(platform.node())}\.(\d+)-\d+')
     for name in os.listdir(folder):
-        if (m := ours.fullmatch(name)) and not running(int(m[1])): (folder/name).unlink(missing_ok=True)
+        if (m := ours.fullmatch(name)) and not running(int(m[1])):
+            (folder/name).unlink(missing_ok=True)
 
 # %% ../nbs/00_settings.ipynb #d15c0002
 def settle(path):
     "Wait until the file or folder `path` is on the disk."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../nbs/00_settings.ipynb #d15c0018
 def write(path, data):
-    """Write `data` (str or bytes) to `path` through a temporary name, so that the file is whole or absent, and stays so when the power goes; makes folders.
-    Raises `DiskError`."""
+    """Write `data` (str or bytes) to `path` through a temporary name, so that the file is whole
+    or absent, and stays so when the power goes; makes folders. Raises `DiskError`."""
     path, data = Path(path), data.encode() if isinstance(data, str) else data
     tmp = temporary(path)
     with disk(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_up(path.parent)
-        try: tmp.write_bytes(data); settle(tmp); os.replace(tmp, path); settle(path.parent)
-        finally: tmp.unlink(missing_ok=True)
+        try:
+            tmp.write_bytes(data)
+            settle(tmp)
+            os.replace(tmp, path)
+            settle(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_settings.ipynb #d15c0005
@@ -309,100 +362,136 @@ class TableError(ValueError):
     "A table that is damaged; the message says which file, and what to do."
 
 # %% ../nbs/00_settings.ipynb #d15c001b
+def number(value):
+    "A number of numpy as one of Python's. TypeError for what JSON has not."
+    if hasattr(value, 'tolist'): return value.tolist()
+    raise TypeError(f'{value!r}, a {type(value).__name__}, is no number, text, list or dict')
+
 def line_of(facts):
-    "`facts`, a dict, as one line of JSON that does not depend on the order of its keys; numpy's numbers as numbers. TypeError for what JSON has not."
-    def number(v):
-        if hasattr(v, 'tolist'): return v.tolist()
-        raise TypeError(f'{v!r}, a {type(v).__name__}, is no number, text, list or dict')
+    "`facts`, a dict, as one line of JSON, whatever the order of its keys; TypeError as `number`."
     return json.dumps(facts, sort_keys=True, default=number)
 
 # %% ../nbs/00_settings.ipynb #d15c0006
 def read_rows(rows, types={}, empty={}):
-    "The data frame that the comma-separated text `rows` is, with the `types` of some columns {name: type}, and the places where a text is `empty`."
+    """The data frame that the comma-separated text `rows` is, with the `types` of some columns
+    {name: type}, and the places where a text is `empty`."""
     if rows == '\n': return pd.DataFrame()
     texts = {c: t for c, t in types.items() if t == 'str'}
     table = pd.read_csv(io.StringIO(rows), keep_default_na=False, na_values=[''], dtype=texts)
-    for c, places in empty.items(): table.loc[places, c] = ''
+    for c, places in empty.items():
+        table.loc[places, c] = ''
     return table.astype({c: t for c, t in types.items() if c not in texts})
 
 # %% ../nbs/00_settings.ipynb #d15c0007
 def type_of(column, back):
-    "The type to note so that the text of a `column`, which came `back` as another, becomes it again; None if there is none."
+    """The type to note so that the text of a `column`, which came `back` as another, becomes it
+    again; None if there is none."""
     if pd.api.types.infer_dtype(column, skipna=True) in ('string', 'empty'): return 'str'
-    with suppress(TypeError, ValueError): return str(column.dtype) if back.astype(column.dtype).equals(column) else None
+    with suppress(TypeError, ValueError):
+        return str(column.dtype) if back.astype(column.dtype).equals(column) else None
+
+# %% ../nbs/00_settings.ipynb #29fe6f30
+def empty_words(column):
+    "The rows in which a column of texts has the empty one."
+    return [i for i, v in enumerate(column) if isinstance(v, str) and not v]
 
 def unsaid(table, rows):
-    "What the text `rows` of a data frame does not say: {'types': ..., 'empty': ...} as `read_rows` takes them, without those that are empty."
+    """What the text `rows` of a data frame does not say: {'types': ..., 'empty': ...} as
+    `read_rows` takes them, without those that are empty."""
     table = table.reset_index(drop=True)
-    pairs = [(c, a, b) for (c, a), (_, b) in zip(table.items(), read_rows(rows).items()) if not a.equals(b)]
+    pairs = [(c, a, b) for (c, a), (_, b) in zip(table.items(), read_rows(rows).items())
+             if not a.equals(b)]
     types = {c: t for c, a, b in pairs if (t := type_of(a, b))}
-    empty = {c: places for c in types if (places := [i for i, v in enumerate(table[c]) if isinstance(v, str) and not v])}
+    empty = {c: places for c in types if (places := empty_words(table[c]))}
     return {k: v for k, v in {'types': types, 'empty': empty}.items() if v}
 
 # %% ../nbs/00_settings.ipynb #d15c0008
 def proof(facts, notes, rows):
-    "The SHA-256 of all that a table's file says: its facts and the notes on its table, two dicts, and its rows, a text."
+    """The SHA-256 of all that a table's file says: its facts and notes, two dicts, and its rows,
+    a text."""
     return sha256(f'{line_of([facts, notes])}\n{rows}'.encode()).hexdigest()
 
 def table_text(table, line, checksum=False):
-    "A data frame as the text of a file: the JSON `line` of its facts after `# `, and its rows; with a `checksum` of the whole, if asked for."
+    """A data frame as the text of a file: the JSON `line` of its facts after `# `, and its rows;
+    with a `checksum` of the whole, if asked for."""
     rows = table.to_csv(index=False)
     facts, notes = json.loads(line), unsaid(table, rows)
-    if checksum: notes |= {'sha256': proof(facts, notes, rows)}
+    if checksum:
+        notes |= {'sha256': proof(facts, notes, rows)}
     return f'# {line_of(facts | {"table": notes}) if notes else line}\n{rows}'
 
+# %% ../nbs/00_settings.ipynb #5c27f6a2
 def parts_of(path):
-    "(facts, notes on the table, rows) of a table's file: two dicts, empty if the first line is damaged or none, and a text. Raises `TableError`."
-    try: text = Path(path).read_bytes().decode()
-    except UnicodeDecodeError: raise TableError(f'{path} is damaged: it is no text. Delete it, and let it be made again.') from None
+    """(facts, notes on the table, rows) of a table's file: two dicts, empty if the first line is
+    damaged or none, and a text. Raises `TableError`."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except UnicodeDecodeError:
+        raise TableError(f'{path} is damaged: it is no text. Delete it, and let it be made again.') from None
     head, _, rows = text.partition('\n') if text.startswith('#') else ('', '', text)
-    with suppress(ValueError, AttributeError, TypeError): facts = json.loads(head[1:]); return facts, facts.pop('table', {}), rows
+    with suppress(ValueError, AttributeError, TypeError):
+        facts = json.loads(head[1:])
+        return facts, facts.pop('table', {}), rows
     return {}, {}, rows
 
 # %% ../nbs/00_settings.ipynb #d15c0009
 def facts_of(path):
-    "What the first line of a table's file says of its origin, a dict; empty if it says nothing, is damaged, or there is no such file."
-    with suppress(TableError, OSError): return parts_of(path)[0]
+    """What the first line of a table's file says of its origin, a dict;
+    empty if it says nothing, is damaged, or there is no such file."""
+    with suppress(TableError, OSError):
+        return parts_of(path)[0]
     return {}
 
 # %% ../nbs/00_settings.ipynb #d15c001d
 def read_table(path):
-    "A table that `save_csv`, `save_table` or `keep_table` wrote, as the data frame that it was. Raises `TableError` if it is damaged."
+    """A table that `save_csv`, `save_table` or `keep_table` wrote, as the data frame that it was.
+    Raises `TableError` if it is damaged."""
     facts, notes, rows = parts_of(path)
     damaged = TableError(f'{path} is damaged: delete it, and let it be made again.')
     try:
-        if notes.pop('sha256', None) in (None, proof(facts, notes, rows)): return read_rows(rows, **notes)
-    except (ValueError, TypeError, KeyError, AttributeError) as e: raise damaged from e
+        if notes.pop('sha256', None) in (None, proof(facts, notes, rows)):
+            return read_rows(rows, **notes)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise damaged from e
     raise damaged
 
 # %% ../nbs/00_settings.ipynb #d15c000a
 def keep_table(path, settings, table):
-    "Write the answer `table` to a question, the dict `settings`, to the file `path`, with a checksum."
+    """Write the answer `table` to a question, the dict `settings`, to the file `path`, with a
+    checksum."""
     return write(path, table_text(table, line_of(settings), checksum=True))
 
 # %% ../nbs/00_settings.ipynb #d15c001c
 def kept_table(path, settings):
-    "The table in `path` if it answers `settings`; None if it is damaged, has no checksum, answers another question, or is not there."
+    """The table in `path` if it answers `settings`; None if it is damaged, has no checksum,
+    answers another question, or is not there."""
     with suppress(TableError, FileNotFoundError):
         facts, notes, _ = parts_of(path)
         if 'sha256' in notes and line_of(facts) == line_of(settings): return read_table(path)
 
 # %% ../nbs/00_settings.ipynb #abfe2cd8
 def save_figure(fig, name, folder=None, **facts):
-    "Write `fig` to figures/`name`.png with its provenance in the PNG's description; in smoke mode only into a given `folder`."
+    """Write `fig` to figures/`name`.png with its provenance in the PNG's description;
+    in smoke mode only into a given `folder`."""
     if smoke() and folder is None: return
-    fig.savefig(data := io.BytesIO(), dpi=110, bbox_inches='tight', format='png', metadata={'Description': provenance(**facts), 'Software': None})
+    said = {'Description': provenance(**facts), 'Software': None}
+    fig.savefig(data := io.BytesIO(), dpi=110, bbox_inches='tight', format='png', metadata=said)
     write(Path(folder or root()/'figures')/f'{name}.png', data.getvalue())
 
 # %% ../nbs/00_settings.ipynb #81c36fba
 def save_csv(table, name, folder=None, **facts):
-    "Write a data frame to `name`.csv in `folder` (figures/), its provenance in the first line after `# `; the data frame."
-    write(Path(folder or root()/'figures')/f'{name}.csv', table_text(table.infer_objects(), provenance(**facts)))
+    """Write a data frame to `name`.csv in `folder` (figures/), its provenance in the first line
+    after `# `; the data frame."""
+    text = table_text(table.infer_objects(), provenance(**facts))
+    write(Path(folder or root()/'figures')/f'{name}.csv', text)
     return table
 
 # %% ../nbs/00_settings.ipynb #792620c4
 def save_table(table, name, folder=None, floatfmt='.2f', **facts):
-    "Write a data frame to figures/`name`.csv and .md with its provenance; in smoke mode only into a given `folder`."
+    """Write a data frame to figures/`name`.csv and .md with its provenance;
+    in smoke mode only into a given `folder`."""
     if smoke() and folder is None: return
     save_csv(table, name, folder, **facts)
-    write(Path(folder or root()/'figures')/f'{name}.md', table.to_markdown(index=False, floatfmt=floatfmt) + f'\n\n<sub>{provenance(**facts)}</sub>\n')
+    text = table.to_markdown(index=False, floatfmt=floatfmt)
+    write(Path(folder or root()/'figures')/f'{name}.md',
+          f'{text}\n\n<sub>{provenance(**facts)}</sub>\n')

@@ -29,8 +29,9 @@ def last(name):
 
 # %% ../nbs/22_studies.ipynb #e88a5005
 class Weights(NamedTuple):
-    """Of a model or a judge: the section's `name`, the whole `preset`, the `seed`, the beginning of the
-    file's `hash` ('' if it is still to be trained), and its `home` in the folder of runs ('' if it is shipped)."""
+    """Of a model or a judge: the section's `name`, the whole `preset`, the `seed`, the beginning
+    of the file's `hash` ('' if it is still to be trained), and its `home` in the folder of runs
+    ('' if it is shipped)."""
     name: str
     preset: BaseModel
     seed: int
@@ -39,24 +40,29 @@ class Weights(NamedTuple):
 
     @property
     def question(self):
-        return {'train': self.name, 'seed': self.seed} | self.preset.model_dump(exclude_defaults=True)
+        return {'train': self.name,
+                'seed': self.seed} | self.preset.model_dump(exclude_defaults=True)
 
 # %% ../nbs/22_studies.ipynb #2a83b050
 class Makers(NamedTuple):
-    """What trains a model and a judge, (preset, folder, seed, progress) -> network in eval mode: it goes on
-    where it was stopped, and loads what is finished. TrainingError if other weights lie in the folder."""
+    """What trains a model and a judge, (preset, folder, seed, progress) -> network in eval mode:
+    it goes on where it was stopped, and loads what is finished. TrainingError if other weights
+    lie in the folder."""
     model: Callable = train
     judge: Callable = train_judge
     def of(self, preset): return self.judge if isinstance(preset, JudgePreset) else self.model
 
 # %% ../nbs/22_studies.ipynb #3ccf8b30
 def weights(name, preset_, home, seed, runs, makers=Makers(), anew=False):
-    "The `Weights` of a preset and seed: shipped if there are some and not `anew`, else at `home` in `runs`."
+    """The `Weights` of a preset and seed: shipped if there are some and not `anew`, else at
+    `home` in `runs`."""
     known = hashes().get(f'{name.replace(".", "/")}/seed{seed}.safetensors', '')
-    if known and not anew and preset_ == preset(name): return Weights(name, preset_, seed, known[:12], '')
+    if known and not anew and preset_ == preset(name):
+        return Weights(name, preset_, seed, known[:12], '')
     file = Path(runs)/home/'weights.safetensors'
     if not file.exists(): return Weights(name, preset_, seed, '', home)
-    makers.of(preset_)(preset_, file.parent, seed, progress=False)           # refuses what is another's
+    makers.of(preset_)(preset_, file.parent, seed,
+                       progress=False)           # refuses what is another's
     return Weights(name, preset_, seed, sha256(file.read_bytes()).hexdigest()[:12], home)
 
 # %% ../nbs/22_studies.ipynb #e087e0bd
@@ -68,35 +74,42 @@ def restore(w, runs, makers=Makers()):
 
 # %% ../nbs/22_studies.ipynb #685dc04c
 def combinations(study, kind):
-    "Every combination of the values of a study's axes of one `kind`, 'model' or 'attack': dicts of texts."
+    """Every combination of the values of a study's axes of one `kind`, 'model' or 'attack':
+    dicts of texts."""
     axes = {last(k): v for k, v in study.axes.items() if k.startswith(f'{kind}.')}
     return [dict(zip(axes, values)) for values in product(*axes.values())]
 
 # %% ../nbs/22_studies.ipynb #3613171c
 def models_of(study, runs, makers=Makers()):
-    "The models of a `Study`, [(labels, `Weights`)], seed by seed; of shipped ones those that there are."
+    """The models of a `Study`, [(labels, `Weights`)], seed by seed; of shipped ones those that
+    there are."""
     found, length = [], 'train.full' if study.train == 'shipped' else study.train
     for name, seed, change in product(study.models, study.seeds, combinations(study, 'model')):
-        home = '-'.join([f'{length}/{name}', *(f'{k}={v}' for k, v in change.items())]) + f'/seed{seed}'
+        home = '-'.join([f'{length}/{name}',
+                         *(f'{k}={v}' for k, v in change.items())]) + f'/seed{seed}'
         w = weights(name, preset(name, length, **change), home, seed, runs, makers, study.anew)
         found.append(({'model': last(name), 'seed': seed} | change, w))
     return found if study.train != 'shipped' else [(labels, w) for labels, w in found if not w.home]
 
 # %% ../nbs/22_studies.ipynb #60b21832
 def judges_of(study, runs, makers=Makers()):
-    "The judges of a `Study`, {name: `Weights`}; SettingsError if one judges other images than the models'."
+    """The judges of a `Study`, {name: `Weights`}; SettingsError if one judges other images than
+    the models'."""
     found = {name: preset(name) for name in study.judges}
     for (name, p), m in product(found.items(), map(preset, study.models)):
         if m.data != p.data:
-            raise SettingsError(f'{name} judges {p.data}, the models are of {m.data}: name another judge.')
+            raise SettingsError(f'{name} judges {p.data}, the models are of {m.data}: name another '
+                                'judge.')
         if m.channels != 1 and makers.judge is train_judge:
-            raise SettingsError('These judges see grey images; for faces there is vae_robust.celeba.report.')
+            raise SettingsError('These judges see grey images; for faces there is '
+                                'vae_robust.celeba.report.')
     return {last(n): weights(n, p, n, 0, runs, makers, study.anew) for n, p in found.items()}
 
 # %% ../nbs/22_studies.ipynb #bb72f090
 class Cell(NamedTuple):
-    """What is asked: a `measure` (a word) with its `options`, of a model seen by `judges` {name: `Weights`},
-    under an attack or none; `images` is the digest of images that the data set's name does not determine."""
+    """What is asked: a `measure` (a word) with its `options`, of a model seen by `judges` {name:
+    `Weights`}, under an attack or none; `images` is the digest of images that the data set's
+    name does not determine."""
     measure: str
     model: Weights
     judges: dict
@@ -108,13 +121,15 @@ class Cell(NamedTuple):
     def question(self):
         own = lambda p: p and p.model_dump(exclude_defaults=True)
         said = {'measure': self.measure, 'options': self.options, 'attack': own(self.attack)}
-        said |= {'model': own(self.model.preset), 'seed': self.model.seed, 'weights': self.model.hash}
+        said |= {'model': own(self.model.preset), 'seed': self.model.seed,
+                 'weights': self.model.hash}
         said |= {'judges': {n: w.hash for n, w in self.judges.items()}}
         return said | ({'images': self.images} if self.images else {})
 
 # %% ../nbs/22_studies.ipynb #710d072e
 def cells_of(study, runs, makers=Makers(), measure='trial', images=''):
-    "The cells of a `Study`, [(labels, `Cell`)]: models x seeds x attacks and all combinations of axes."
+    """The cells of a `Study`, [(labels, `Cell`)]: models x seeds x attacks and all combinations
+    of axes."""
     seen, attacks = judges_of(study, runs, makers), []
     for (name, pairs), change in product(study.budget.items(), combinations(study, 'attack')):
         attacks.append(({'attack': last(name)} | change, preset(name, pairs=pairs, **change)))
@@ -123,9 +138,11 @@ def cells_of(study, runs, makers=Makers(), measure='trial', images=''):
 
 # %% ../nbs/22_studies.ipynb #e4734e6a
 def looks_of(study, runs, measure, makers=Makers(), judged=True, **options):
-    "One cell without an attack for each model of a `Study`, [(labels, `Cell`)]; with its judges if `judged`."
+    """One cell without an attack for each model of a `Study`, [(labels, `Cell`)]; with its
+    judges if `judged`."""
     seen = judges_of(study, runs, makers) if judged else {}
-    return [(labels, Cell(measure, w, seen, options=options)) for labels, w in models_of(study, runs, makers)]
+    return [(labels, Cell(measure, w, seen, options=options)) for labels,
+            w in models_of(study, runs, makers)]
 
 # %% ../nbs/22_studies.ipynb #c701238d
 def trained(w, runs, makers):
@@ -141,10 +158,11 @@ def untrained(study, runs, makers=Makers(), judged=True):
 
 # %% ../nbs/22_studies.ipynb #7230e3c8
 def prepare(study, runs, makers=Makers(), judged=True, **pool):
-    "Train what is `untrained` of a `Study`; `pool`: backend, progress, jobs, ... of `sweep.finish`."
+    """Train what is `untrained` of a `Study`; `pool`: backend, progress, jobs, ... of
+    `sweep.finish`."""
     if not untrained(study, runs, makers, judged): return
     with alone(Path(runs)/'cells'):
-        todo = untrained(study, runs, makers, judged)                        # another may have been here
+        todo = untrained(study, runs, makers, judged)  # another may have been here
         finish(todo, partial(trained, runs=runs, makers=makers), lambda *_: None, **pool)
 
 # %% ../nbs/22_studies.ipynb #4dd07722
@@ -155,8 +173,10 @@ def answered(asked, runs):
 
 # %% ../nbs/22_studies.ipynb #a63d949a
 def ask(asked, compute, runs, **pool):
-    "All answers of `asked`, [(labels, `Cell`)]; what is missing is made by `compute(cell, runs) -> table`."
-    keep_answers([cell for _, cell in asked], partial(compute, runs=runs), Path(runs)/'cells', **pool)
+    """All answers of `asked`, [(labels, `Cell`)]; what is missing is made by `compute(cell,
+    runs) -> table`."""
+    keep_answers([cell for _, cell in asked], partial(compute, runs=runs), Path(runs)/'cells',
+                 **pool)
     return answered(asked, runs)
 
 # %% ../nbs/22_studies.ipynb #79918af8
@@ -174,25 +194,30 @@ def trials(study, runs, **pool):
 
 # %% ../nbs/22_studies.ipynb #77dcbd8e
 def table_of(answers, fold=lambda rows: rows):
-    "One table of `answers`, [(labels, rows)]: each as `fold(rows)`, with its labels as last columns."
+    """One table of `answers`, [(labels, rows)]: each as `fold(rows)`, with its labels as last
+    columns."""
     return pd.concat([fold(rows).assign(**labels) for labels, rows in answers], ignore_index=True)
 
 # %% ../nbs/22_studies.ipynb #e8da6d27
 def label_of(values):
     "Values of labels as one text, numbers in one form: 'entangled 0 strong 0.5'."
     def word(v):
-        try: return f'{float(str(v)):g}'
-        except ValueError: return str(v).lower()
+        try:
+            return f'{float(str(v)):g}'
+        except ValueError:
+            return str(v).lower()
     return ' '.join(map(word, values))
 
 # %% ../nbs/22_studies.ipynb #178060c0
 def known_before(w):
-    "`Weights` as far as they are known before they are trained: if they are not shipped, preset and seed."
+    """`Weights` as far as they are known before they are trained: if they are not shipped,
+    preset and seed."""
     return w._replace(hash=key(w)) if w.home else w
 
 # %% ../nbs/22_studies.ipynb #e4e67f17
 def keys_of(asked, by):
-    "For each label that `asked`, [(labels, `Cell`)], have in their columns `by`: one key for all its cells."
+    """For each label that `asked`, [(labels, `Cell`)], have in their columns `by`: one key for
+    all its cells."""
     parts = {}
     for labels, cell in asked:
         judges = {name: known_before(w) for name, w in cell.judges.items()}
@@ -208,17 +233,22 @@ def labels_of(table, by):
 
 # %% ../nbs/22_studies.ipynb #01f6acd4
 def merged(new, path, keys, by):
-    "The table `new`, after the published rows at `path` whose labels `by` have still their key and are more."
+    """The table `new`, after the published rows at `path` whose labels `by` have still their key
+    and are more."""
     if not path.exists(): return new
     old, then = read_table(path), facts_of(path).get('cells', {})
     before, now = labels_of(old, by), labels_of(new, by)
     more = before.value_counts().sub(now.value_counts(), fill_value=0)
-    stays = before.map(lambda label: then.get(label, '') == keys.get(label) and more[label] > 0).astype(bool)
+    stays = before.map(lambda label: then.get(label, '') == keys.get(label)
+                       and more[label] > 0).astype(bool)
     return pd.concat([old[stays], new[~now.isin(before[stays])]], ignore_index=True)
 
 # %% ../nbs/22_studies.ipynb #c309d699
 def publish(new, name, keys, by, folder=None, order=(), **facts):
-    "Write `new`, `merged` with what is there, to figures/`name`.csv (or `folder`) with its keys; the table."
+    """Write `new`, `merged` with what is there, to figures/`name`.csv (or `folder`) with its
+    keys; the table."""
     table = merged(new, Path(folder or root()/'figures')/f'{name}.csv', keys, by)
-    if order: table = table.sort_values(order, ignore_index=True)
-    return save_csv(table, name, folder, cells={k: keys[k] for k in labels_of(table, by).unique()}, **facts)
+    if order:
+        table = table.sort_values(order, ignore_index=True)
+    return save_csv(table, name, folder, cells={k: keys[k] for k in labels_of(table, by).unique()},
+                    **facts)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'IDLE', 'BACKENDS', 'SweepError', 'settings_of', 'line', 'key', 'path_of', 'keep', 'answer', 'attempt',
-           'end_with', 'worker', 'handed', 'result', 'local', 'cluster', 'computed', 'alone', 'missing', 'finish',
-           'keep_answers', 'sweep', 'clock', 'clocked', 'collected', 'plan']
+           'end_with', 'worker', 'handed', 'lost', 'result', 'release', 'local', 'cluster', 'computed', 'alone',
+           'missing', 'finish', 'keep_answers', 'sweep', 'clock', 'timed', 'clocked', 'collected', 'plan']
 
 # %% ../nbs/17_sweep.ipynb #858bf018
 import fcntl, json, math, os, threading, time, traceback
@@ -20,7 +20,8 @@ from .settings import disk, keep_table, kept_table, line_of, near, sweep_up
 
 # %% ../nbs/17_sweep.ipynb #926ff6ff
 class SweepError(RuntimeError):
-    "Cells that could not be computed; the message has their settings and tracebacks. All others are done."
+    """Cells that could not be computed; the message has their settings and tracebacks. All
+    others are done."""
 
 # %% ../nbs/17_sweep.ipynb #d15c170a
 def settings_of(cell):
@@ -28,9 +29,12 @@ def settings_of(cell):
     return cell if isinstance(cell, dict) else cell.question
 
 def line(cell):
-    "The question of a cell as one line of JSON that does not depend on the order of the keys. Raises `SweepError` for what JSON has not."
-    try: return line_of(settings_of(cell))
-    except TypeError as e: raise SweepError(f'The settings of a cell cannot be written down: {e}.') from None
+    """The question of a cell as one line of JSON that does not depend on the order of the keys.
+    Raises `SweepError` for what JSON has not."""
+    try:
+        return line_of(settings_of(cell))
+    except TypeError as e:
+        raise SweepError(f'The settings of a cell cannot be written down: {e}.') from None
 
 # %% ../nbs/17_sweep.ipynb #f2db2ec3
 def key(cell):
@@ -49,55 +53,82 @@ def keep(cell, table, folder):
 
 # %% ../nbs/17_sweep.ipynb #f90ed573
 def answer(cell, folder):
-    "The table of a cell that is done; None if it is not, or if its file is damaged or answers another question."
+    """The table of a cell that is done; None if it is not, or if its file is damaged or answers
+    another question."""
     return kept_table(path_of(cell, folder), settings_of(cell))
 
 # %% ../nbs/17_sweep.ipynb #ed65bb1c
 def attempt(compute, cell):
-    "(cell, table, seconds, None), or (cell, None, seconds, traceback) if `compute(cell)` raised, or gave no data frame."
+    """(cell, table, seconds, None), or (cell, None, seconds, traceback) if `compute(cell)` raised,
+    or gave no data frame."""
     began = time.monotonic()
     try:
         table, trouble = compute(cell), None
-        if not isinstance(table, pd.DataFrame): raise TypeError(f'{type(table).__name__} instead of a data frame')
-    except (Exception, SystemExit): table, trouble = None, traceback.format_exc()
+        if not isinstance(table, pd.DataFrame):
+            raise TypeError(f'{type(table).__name__} instead of a data frame')
+    except (Exception, SystemExit):
+        table, trouble = None, traceback.format_exc()
     return cell, table, time.monotonic() - began, trouble
 
 # %% ../nbs/17_sweep.ipynb #74e859db
-THREADS = ('OMP', 'OPENBLAS', 'MKL', 'BLIS', 'NUMEXPR', 'NUMBA', 'VECLIB_MAXIMUM')
-
 def end_with(parent):
     "In a worker: end within a second after the process `parent` has."
     def watch():
-        while os.getppid() == parent: time.sleep(1)
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/17_sweep.ipynb #d15c170b
+THREADS = ('OMP', 'OPENBLAS', 'MKL', 'BLIS', 'NUMEXPR', 'NUMBA', 'VECLIB_MAXIMUM')
+
 def worker():
-    "A process that computes one thing at a time on one thread, and is given up after five idle minutes."
-    return ProcessPoolExecutor(1, timeout=300, initializer=end_with, initargs=(os.getpid(),), env={f'{t}_NUM_THREADS': '1' for t in THREADS})
+    """A process that computes one thing at a time on one thread, and is given up after five idle
+    minutes."""
+    return ProcessPoolExecutor(1, timeout=300, initializer=end_with, initargs=(os.getpid(),),
+                               env={f'{t}_NUM_THREADS': '1' for t in THREADS})
 
 # %% ../nbs/17_sweep.ipynb #d15c1702
-IDLE = {}                                                                # {process: its workers that are up, for its next sweep}
+IDLE = {}                                # {process: its workers that are up, for its next sweep}
 
 def handed(compute, cell):
-    "(future, worker): `attempt(compute, cell)`, handed to an idle worker of this process, or to a new one."
+    """(future, worker): `attempt(compute, cell)`, handed to an idle worker of this process, or
+    to a new one."""
     idle = IDLE.setdefault(os.getpid(), [])
     while idle:
-        with suppress(RuntimeError): return (w := idle.pop()).submit(attempt, compute, cell), w       # unless it died meanwhile
+        with suppress(RuntimeError):                               # unless it died meanwhile
+            return (w := idle.pop()).submit(attempt, compute, cell), w
     return (w := worker()).submit(attempt, compute, cell), w
 
 # %% ../nbs/17_sweep.ipynb #d15c1707
+def lost(cell, error, began):
+    "What `attempt` would say of a cell whose process died of an `error`."
+    said = f'{type(error).__name__}: {" ".join(str(error).split())}'
+    return cell, None, time.monotonic() - began, said
+
 def result(future, cell, began):
-    "What `attempt` gave for a cell in another process, or the same of a cell whose process died."
-    try: return future.result()
-    except Exception as e: return cell, None, time.monotonic() - began, f'{type(e).__name__}: {" ".join(str(e).split())}'
+    "What `attempt` gave for a cell in another process, or that it is `lost`."
+    try:
+        return future.result()
+    except Exception as e:
+        return lost(cell, e, began)
+
+# %% ../nbs/17_sweep.ipynb #651e2033
+def release(worker, broken):
+    "A worker that has computed waits for the next cell; one that is `broken` is ended."
+    if broken:
+        worker.shutdown(wait=False, kill_workers=True)
+    else:
+        IDLE[os.getpid()].append(worker)
 
 # %% ../nbs/17_sweep.ipynb #d15c1706
 def local(compute, cells, jobs=-1):
-    """An iterator over `attempt(compute, cell)` for cells, in the order in which they are ready, by `jobs` processes (-1: one per core; 1: by this process,
-    which then dies with a cell that does)."""
-    if jobs == 1: yield from (attempt(compute, c) for c in cells); return
+    """An iterator over `attempt(compute, cell)` for cells, in the order in which they are ready,
+    by `jobs` processes (-1: one per core; 1: by this process, which then dies with a cell that
+    does)."""
+    if jobs == 1:
+        yield from (attempt(compute, c) for c in cells)
+        return
     waiting, busy, n = list(cells)[::-1], {}, joblib.effective_n_jobs(jobs)
     try:
         while waiting or busy:
@@ -106,48 +137,61 @@ def local(compute, cells, jobs=-1):
                 busy[future] = w, cell, time.monotonic()
             for future in wait(busy, return_when=FIRST_COMPLETED)[0]:
                 w, *asked = busy.pop(future)
-                if future.exception(): w.shutdown(wait=False, kill_workers=True)
-                else: IDLE[os.getpid()].append(w)
+                release(w, future.exception())
                 yield result(future, *asked)
     finally:
-        for w, *_ in busy.values(): w.shutdown(wait=False, kill_workers=True)
+        for w, *_ in busy.values():
+            release(w, broken=True)
 
 # %% ../nbs/17_sweep.ipynb #6297d541
 def cluster(compute, cells, gpus=0):
-    """As `local`, on the Ray cluster that this machine belongs to (or a new one on this machine), each cell with one core and
-    the share `gpus` of a GPU. A cell whose process dies is tried six times. Needs `pip install vae_robust[cluster]`."""
-    os.environ.setdefault('RAY_task_oom_retries', '5')                   # without it, for ever
+    """As `local`, on the Ray cluster that this machine belongs to (or a new one on this
+    machine), each cell with one core and the share `gpus` of a GPU. A cell whose process dies is
+    tried six times. Needs `pip install vae_robust[cluster]`."""
+    os.environ.setdefault('RAY_task_oom_retries', '5')             # without it, for ever
     import ray
-    if not ray.is_initialized(): ray.init(address=os.environ.get('RAY_ADDRESS'), log_to_driver=False, include_dashboard=False)
-    remote, shared = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(attempt), ray.put(compute)
-    waiting, began = {remote.remote(shared, c): c for c in cells}, time.monotonic()
+    if not ray.is_initialized():
+        address = os.environ.get('RAY_ADDRESS')
+        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(attempt)
+    shared, began = ray.put(compute), time.monotonic()
+    waiting = {remote.remote(shared, c): c for c in cells}
     while waiting:
         (ready,), _ = ray.wait([*waiting])
         cell = waiting.pop(ready)
-        try: yield ray.get(ready)
-        except ray.exceptions.RayError as e: yield cell, None, time.monotonic() - began, f'{type(e).__name__}: {e}'
+        try:
+            yield ray.get(ready)
+        except ray.exceptions.RayError as e:
+            yield lost(cell, e, began)
 
 # %% ../nbs/17_sweep.ipynb #e52dc713
 BACKENDS = {'local': local, 'ray': cluster}
 
 # %% ../nbs/17_sweep.ipynb #d15c1709
 def computed(backend, compute, cells, **options):
-    "An iterator over `attempt(compute, cell)` for cells, by the `backend` of that name; raises `SweepError` if there is none."
-    if backend not in BACKENDS: raise SweepError(f'There is no backend {backend!r}; {near(backend, BACKENDS)}')
-    if options.get('jobs') == 0: raise SweepError('jobs = 0: at least one process is needed, or -1 for one per core.')
+    """An iterator over `attempt(compute, cell)` for cells, by the `backend` of that name;
+    raises `SweepError` if there is none."""
+    if backend not in BACKENDS:
+        raise SweepError(f'There is no backend {backend!r}; {near(backend, BACKENDS)}')
+    if options.get('jobs') == 0:
+        raise SweepError('jobs = 0: at least one process is needed, or -1 for one per core.')
     return BACKENDS[backend](compute, cells, **options) if cells else ()
 
 # %% ../nbs/17_sweep.ipynb #328c6b67
 @contextmanager
 def alone(folder):
-    """Within this context no other process is in the same context for `folder`, where what a killed one left is removed; waits its turn, saying so.
-    Raises `DiskError`."""
+    """Within this context no other process is in the same context for `folder`, where what a
+    killed one left is removed; waits its turn, saying so. Raises `DiskError`."""
     path = Path(folder)/'.lock'
-    with disk(path): path.parent.mkdir(parents=True, exist_ok=True); lock = open(path, 'w')
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, 'w')
     with lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f'Another sweep is at work in {folder}; this one goes on when it is done.', flush=True)
+            print(f'Another sweep is at work in {folder}; this one goes on when it is done.',
+                  flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         sweep_up(path.parent)
         yield
@@ -159,19 +203,26 @@ def missing(cells, folder):
 
 # %% ../nbs/17_sweep.ipynb #3b031164
 def finish(todo, compute, done, total=None, backend='local', progress=True, **options):
-    """Compute each of the cells `todo`, of a `total` that the bar shows, and give (cell, table, seconds) to `done` as they
-    come. `backend`: 'local' (option `jobs`) or 'ray' (option `gpus`). Raises `SweepError` at the end if cells failed."""
+    """Compute each of the cells `todo`, of a `total` that the bar shows, and give (cell, table,
+    seconds) to `done` as they come. `backend`: 'local' (option `jobs`) or 'ray' (option `gpus`).
+    Raises `SweepError` at the end if cells failed."""
     troubles, total = [], len(todo) if total is None else total
     with tqdm(total=total, initial=total - len(todo), desc='cells', disable=not progress) as bar:
         for cell, table, seconds, trouble in computed(backend, compute, todo, **options):
-            if trouble: troubles.append(f'{line(cell)}\n{trouble}')
-            else: done(cell, table, seconds)
+            if trouble:
+                troubles.append(f'{line(cell)}\n{trouble}')
+            else:
+                done(cell, table, seconds)
             bar.update()
-    if troubles: raise SweepError(f'{len(troubles)} of {total} cells failed, the others are done:\n\n' + '\n'.join(troubles))
+    if troubles:
+        failed = '\n'.join([f'{len(troubles)} of {total} cells failed, the others are done:\n',
+                            *troubles])
+        raise SweepError(failed)
 
 # %% ../nbs/17_sweep.ipynb #339bbba6
 def keep_answers(cells, compute, folder, backend='local', progress=True, **options):
-    "Have those of `cells` that have no answer in `folder` computed by `compute(cell) -> data frame`; errors as in `finish`."
+    """Have those of `cells` that have no answer in `folder` computed by `compute(cell) -> data
+    frame`; errors as in `finish`."""
     def done(cell, table, seconds):
         keep(cell, table, folder)
         clock(cell, seconds, folder)
@@ -185,7 +236,8 @@ def sweep(cells, compute, folder, backend='local', progress=True, **options):
 
 # %% ../nbs/17_sweep.ipynb #e8586795
 def clock(cell, seconds, folder):
-    "Note how long a cell took, in a file of its own; on a new line, whatever the last one was torn by."
+    """Note how long a cell took, in a file of its own; on a new line, whatever the last one was
+    torn by."""
     said = {'cell': key(cell), 'seconds': round(seconds, 2), 'settings': settings_of(cell)}
     path, entry = Path(folder)/'seconds.jsonl', line(said)
     with disk(path, len(entry)), open(path, 'ab+') as f:
@@ -193,27 +245,39 @@ def clock(cell, seconds, folder):
         f.write((b'' if f.read() in (b'', b'\n') else b'\n') + entry.encode() + b'\n')
 
 # %% ../nbs/17_sweep.ipynb #d15c1708
+def timed(entry):
+    "Whether an entry of the clock is one: the settings of a cell, and a time."
+    seconds = entry.get('seconds') if isinstance(entry, dict) else None
+    is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
+    return is_time and isinstance(entry.get('settings'), dict)
+
+# %% ../nbs/17_sweep.ipynb #e5585741
 def clocked(folder):
-    "What `clock` has noted, a list of dicts; lines that are torn or say something else are passed over."
+    """What `clock` has noted, a list of dicts; lines that are torn or say something else are
+    passed over."""
     entries = []
     with suppress(FileNotFoundError):
         for text in (Path(folder)/'seconds.jsonl').read_bytes().splitlines():
-            with suppress(ValueError): entries.append(json.loads(text))
-    timed = lambda e: isinstance(e, dict) and isinstance(e.get('settings'), dict) and isinstance(e.get('seconds'), (int, float)) and 0 <= e['seconds'] < math.inf
+            with suppress(ValueError):
+                entries.append(json.loads(text))
     return [e for e in entries if timed(e)]
 
 # %% ../nbs/17_sweep.ipynb #26d27160
 def collected(cells, folder):
-    "The answers of `cells` that are in `folder`, one below the other, each with its question as columns (lists and dicts as JSON)."
+    """The answers of `cells` that are in `folder`, one below the other, each with its question as
+    columns (lists and dicts as JSON)."""
     column = lambda v: line_of(v) if isinstance(v, (dict, list, tuple)) else v
     found = [(settings_of(c), answer(c, folder)) for c in cells]
-    tables = [table.assign(**{k: column(v) for k, v in c.items()}) for c, table in found if table is not None]
+    tables = [table.assign(**{k: column(v) for k, v in c.items()}) for c,
+              table in found if table is not None]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../nbs/17_sweep.ipynb #55c4e8bc
 def plan(cells, folder, jobs=1, like=('seed',)):
-    "What a sweep would do: {'cells', 'done', 'seconds'}, from the times of finished cells that differ only in the settings `like`; nan if no cell is finished."
-    todo, kind = missing(cells, folder), lambda settings: line({k: v for k, v in settings.items() if k not in like})
+    """What a sweep would do: {'cells', 'done', 'seconds'}, from the times of finished cells that
+    differ only in the settings `like`; nan if no cell is finished."""
+    kind = lambda settings: line({k: v for k, v in settings.items() if k not in like})
+    todo = missing(cells, folder)
     past = pd.DataFrame(clocked(folder), columns=['cell', 'seconds', 'settings'])
     means = past.groupby(past.settings.map(kind)).seconds.mean() if len(past) else {}
     known = [means.get(kind(settings_of(c)), past.seconds.mean()) for c in todo]

@@ -6,10 +6,10 @@
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'LIMITS', 'WEIGHTS', 'TrainingError', 'minibatches', 'noted_signals', 'save_checkpoint',
            'sound', 'load_checkpoint', 'packed', 'save_weights', 'checked', 'read_weights', 'load_weights', 'averages',
            'mean_row', 'unchecked', 'finite', 'diverged', 'advance', 'cosine', 'warm', 'take', 'Loss', 'distributed',
-           'gathered', 'captured', 'random_state', 'resume', 'save_run', 'trainable', 'fit', 'objective', 'possible',
-           'network', 'build', 'one_thread', 'keep_memory', 'identity', 'own_images', 'fitting', 'forward_dtype',
-           'record', 'usable', 'leave', 'train', 'alive', 'dead', 'hashes', 'ship', 'is_shipped', 'shipped',
-           'pretrained', 'learning_curve', 'publish_curves']
+           'gathered', 'captured', 'random_state', 'resume', 'save_run', 'trainable', 'shares', 'prepared', 'stepper',
+           'stopped', 'take_steps', 'fit', 'objective', 'possible', 'network', 'build', 'one_thread', 'keep_memory',
+           'identity', 'own_images', 'fitting', 'forward_dtype', 'record', 'usable', 'leave', 'train', 'alive', 'dead',
+           'hashes', 'ship', 'is_shipped', 'shipped', 'pretrained', 'learning_curve', 'publish_curves']
 
 # %% ../nbs/09_training.ipynb #f79a238d
 import ctypes, inspect, io, json, math, os, platform, signal, threading, time, zipfile
@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load as load_tensors, save as save_tensors
+from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.distributions import Distribution
 from torch.nn.parallel import DistributedDataParallel
@@ -29,33 +29,43 @@ from tqdm.auto import tqdm
 from .beta_vae import beta_vae, capacity
 from .data import IMAGES, DataError, as_images, digest, is_set, load, pixels
 from .joint_vae import joint_vae
-from .settings import ModelPreset, SettingsError, TableError, commit, preset, read_table, save_csv, write
+from .settings import ModelPreset, SettingsError, TableError, commit, preset
+from .settings import read_table, save_csv, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
 from .vae import VAE, elbo, kl
 
 # %% ../nbs/09_training.ipynb #b751c0ac
 class TrainingError(RuntimeError):
-    "Training that cannot go on, or files that do not fit; the message says why, where, and what to do."
+    """Training that cannot go on, or files that do not fit; the message says why, where, and
+    what to do."""
 
 # %% ../nbs/09_training.ipynb #5dfc61d9
 def minibatches(n, batch, seed, start=0):
-    """Index tensors of minibatches `start`, `start` + 1, ... of `n` images, without end. Every epoch is a fresh permutation fixed by
-    its number, the same one for every seed below 2^32; what does not fill a batch at its end is left out. Raises `TrainingError` if `batch` > `n`."""
-    if batch > n: raise TrainingError(f'A batch of {batch} does not fit into {n} images: make it smaller.')
+    """Index tensors of minibatches `start`, `start` + 1, ... of `n` images, without end. Every
+    epoch is a fresh permutation fixed by its number, the same one for every seed below 2^32;
+    what does not fill a batch at its end is left out. Raises `TrainingError` if `batch` > `n`."""
+    if batch > n:
+        raise TrainingError(f'A batch of {batch} does not fit into {n} images: make it smaller.')
     for step in count(start):
         epoch, i = divmod(step, n//batch)
-        if i == 0 or step == start: order = torch.randperm(n, generator=torch.Generator().manual_seed(seed*2**32 + epoch))
+        if i == 0 or step == start:
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed*2**32 + epoch))
         yield order[i*batch:(i + 1)*batch]
 
 # %% ../nbs/09_training.ipynb #d7cbbd3e
 @contextmanager
 def noted_signals():
-    "Within this context SIGINT and SIGTERM do not interrupt but are appended to the list that it yields (main thread only)."
-    noted = []
-    if threading.current_thread() is not threading.main_thread(): yield noted; return
-    old = {s: signal.signal(s, lambda number, _: noted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield noted
-    finally: [signal.signal(s, handler) for s, handler in old.items()]
+    """Within this context SIGINT and SIGTERM do not interrupt but are appended to the list that it
+    yields (main thread only)."""
+    noted, old = [], {}
+    if threading.current_thread() is threading.main_thread():
+        note = lambda number, _: noted.append(number)
+        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 # %% ../nbs/09_training.ipynb #1c36438b
 def save_checkpoint(path, **state):
@@ -65,26 +75,36 @@ def save_checkpoint(path, **state):
 
 # %% ../nbs/09_training.ipynb #d15c0912
 def sound(path):
-    "Whether `path` is a zip archive whose parts have the checksums that it says."
+    """Whether `path` is a zip archive whose parts have the checksums that it says.
+    What a damaged archive raises is nobody's promise."""
     try:
-        with zipfile.ZipFile(path) as z: return z.testzip() is None
-    except Exception: return False                                               # what a damaged archive raises is nobody's promise
+        with zipfile.ZipFile(path) as z:
+            return z.testzip() is None
+    except Exception:
+        return False
 
 # %% ../nbs/09_training.ipynb #03a6365e
 def load_checkpoint(path, settings, data=''):
-    """The state in `path`; None if there is none. Raises `TrainingError` if it is damaged or belongs to other `settings` (a str) or `data` (their `digest`)."""
+    """The state in `path`; None if there is none. Raises `TrainingError` if it is damaged or
+    belongs to other `settings` (a str) or `data` (their `digest`)."""
     if not Path(path).exists(): return None
-    try: state = torch.load(path, weights_only=True, map_location='cpu') if sound(path) else {}
-    except Exception: state = {}
-    if not isinstance(state, dict) or 'settings' not in state: raise TrainingError(f'{path} is damaged: delete it to start this run again.')
-    if state['settings'] != settings: raise TrainingError(f'{path} is an unfinished run with other settings ({state["settings"]}): delete it, or use another folder.')
-    if state.get('data', data) == data: return state
-    raise TrainingError(f'{path} is an unfinished run on other data: delete it, or use another folder.')
+    state = {}
+    with suppress(Exception):
+        state = torch.load(path, weights_only=True, map_location='cpu') if sound(path) else {}
+    if not isinstance(state, dict) or 'settings' not in state:
+        raise TrainingError(f'{path} is damaged: delete it to start this run again.')
+    if state['settings'] == settings and state.get('data', data) == data: return state
+    other = 'on other data'
+    if state['settings'] != settings:
+        other = f'with other settings ({state["settings"]})'
+    raise TrainingError(f'{path} is an unfinished run {other}: delete it, or use another folder.')
 
 # %% ../nbs/09_training.ipynb #d15c0913
 def packed(model, settings):
-    "The parameters of `model` and the str `settings` as the bytes of a safetensors file; the same weights give the same bytes."
-    return save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, {'settings': settings})
+    """The parameters of `model` and the str `settings` as the bytes of a safetensors file; the
+    same weights give the same bytes."""
+    return save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
+                        {'settings': settings})
 
 # %% ../nbs/09_training.ipynb #c592ee6c
 def save_weights(path, model, settings):
@@ -93,35 +113,53 @@ def save_weights(path, model, settings):
 
 # %% ../nbs/09_training.ipynb #3a49bb68
 def checked(path):
-    "`path`, unless the record of the run beside it (run.json) has another checksum for it: then `TrainingError`. A record that cannot be read says nothing."
+    """`path`, unless the record of the run beside it (run.json) has another checksum for it: then
+    `TrainingError`. A record that cannot be read says nothing."""
     said, path = None, Path(path)
-    with suppress(OSError, ValueError, TypeError, KeyError): said = json.loads((path.parent/'run.json').read_bytes())['sha256'][path.name]
-    if said is None or not path.exists() or sha256(path.read_bytes()).hexdigest() == said: return path
-    raise TrainingError(f'{path} is damaged: run.json beside it has another checksum. Delete both and train again.')
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        said = json.loads((path.parent/'run.json').read_bytes())['sha256'][path.name]
+    if said is None or not path.exists() or sha256(path.read_bytes()).hexdigest() == said:
+        return path
+    raise TrainingError(f'{path} is damaged: run.json beside it has another checksum. '
+                        'Delete both and train again.')
 
+# %% ../nbs/09_training.ipynb #2d7f6a50
 def read_weights(path):
     "The (tensors, settings) of a weights file; raises `TrainingError` if it is missing or damaged."
     try:
-        with safe_open(checked(path), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get('settings', '')
-    except TrainingError: raise
-    except Exception as e: raise TrainingError(f'{path} cannot be read as weights ({e}): delete it and train again.') from None
+        with safe_open(checked(path), 'pt') as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            return tensors, (f.metadata() or {}).get('settings', '')
+    except TrainingError:
+        raise
+    except Exception as e:
+        raise TrainingError(f'{path} cannot be read as weights ({e}): delete it and train again.') from None
 
 # %% ../nbs/09_training.ipynb #f08465d4
 def load_weights(path, model, settings=None):
-    "Put the weights in `path` into `model` and return it; raises `TrainingError` if they are damaged or do not fit `model` or `settings`."
+    """Put the weights in `path` into `model` and return it; raises `TrainingError` if they are
+    damaged or do not fit `model` or `settings`."""
     tensors, stored = read_weights(path)
-    if settings not in (None, stored): raise TrainingError(f'{path} was trained with other settings or images ({stored}): delete it, or use another folder.')
-    want = {k: v.shape for k, v in model.state_dict().items()}
-    if want == {k: v.shape for k, v in tensors.items()}: model.load_state_dict(tensors); return model
-    wrong = sorted(k for k in want.keys() | tensors.keys() if k not in tensors or tensors[k].shape != want.get(k))
-    raise TrainingError(f'{path} does not fit this model: {wrong[0]} has another shape or is missing.')
+    if settings not in (None, stored):
+        raise TrainingError(f'{path} was trained with other settings or images ({stored}): '
+                            'delete it, or use another folder.')
+    want, found = ({k: v.shape for k, v in t.items()} for t in (model.state_dict(), tensors))
+    wrong = sorted(k for k in want.keys() | found.keys() if want.get(k) != found.get(k))
+    if wrong:
+        raise TrainingError(f'{path} does not fit this model: {wrong[0]} has another shape or is '
+                            'missing.')
+    model.load_state_dict(tensors)
+    return model
 
 # %% ../nbs/09_training.ipynb #883c878b
 def averages(terms):
-    "The terms of one batch as {name: float}: means over the batch; a term per latent becomes one column each, `kl_z0`, `kl_z1`, ..."
-    means = {name: t.detach().float().mean(0 if t.ndim == 2 else None) for name, t in terms._asdict().items()}
-    names = [f'{name}{i}' if m.ndim else name for name, m in means.items() for i in range(m.numel())]
-    return dict(zip(names, torch.cat([m.view(-1) for m in means.values()]).tolist()))                # one wait for the device, not one per term
+    """The terms of one batch as {name: float}: means over the batch; a term per latent becomes one
+    column each, `kl_z0`, `kl_z1`, ... The device is waited for once, not once a term."""
+    means = {name: t.detach().float().mean(0 if t.ndim == 2 else None) for name,
+             t in terms._asdict().items()}
+    names = [f'{name}{i}' if m.ndim else name for name,
+             m in means.items() for i in range(m.numel())]
+    return dict(zip(names, torch.cat([m.view(-1) for m in means.values()]).tolist()))
 
 # %% ../nbs/09_training.ipynb #c13ec4a8
 def mean_row(rows, step):
@@ -134,8 +172,10 @@ def unchecked():
     "Within this context torch's distributions do not look whether their arguments are valid."
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
-    try: yield
-    finally: Distribution.set_default_validate_args(before)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 # %% ../nbs/09_training.ipynb #d15c0910
 def finite(model):
@@ -144,17 +184,22 @@ def finite(model):
 
 # %% ../nbs/09_training.ipynb #d15c0911
 def diverged(what, step, path=None):
-    "The `TrainingError` of a training in which `what` happened at `step`; `path`: of a checkpoint, if there should be one."
+    """The `TrainingError` of a training in which `what` happened at `step`; `path`: of a
+    checkpoint, if there should be one."""
     kept = f'; {path} keeps the last good checkpoint.' if path and Path(path).exists() else '.'
-    return TrainingError(f'{what} at step {step}: training diverged. Try a smaller learning rate{kept}')
+    return TrainingError(f'{what} at step {step}: training diverged. Try a smaller learning '
+                         f'rate{kept}')
 
 # %% ../nbs/09_training.ipynb #aaef3c23
 def advance(model, objective, batch, step, optimiser, precision=torch.float32, path=None):
-    """One optimiser step on `batch`, the forward pass in `precision` (float32 or bfloat16); the `averages` of the objective's terms.
-    Raises `TrainingError`, before anything is changed, if the loss is not finite."""
-    with unchecked(), torch.autocast(optimiser.param_groups[0]['params'][0].device.type, precision, enabled=precision != torch.float32):
+    """One optimiser step on `batch`, the forward pass in `precision` (float32 or bfloat16); the
+    `averages` of the objective's terms. Raises `TrainingError`, before anything is changed, if the
+    loss is not finite."""
+    device = optimiser.param_groups[0]['params'][0].device.type
+    with unchecked(), torch.autocast(device, precision, enabled=precision != torch.float32):
         terms = objective(model, batch, step)
-    if not math.isfinite(terms.loss.item()): raise diverged(f'The loss is {terms.loss.item()}', step, path)
+    if not math.isfinite(terms.loss.item()):
+        raise diverged(f'The loss is {terms.loss.item()}', step, path)
     optimiser.zero_grad()
     terms.loss.backward()
     optimiser.step()
@@ -174,7 +219,8 @@ SCHEDULES = {'constant': None, 'cosine': cosine, 'warm': warm}
 
 # %% ../nbs/09_training.ipynb #2681292e
 def take(data, index, device):
-    "Rows `index` of a tensor or of each tensor in a tuple, bytes turned into grey values, on `device`."
+    """Rows `index` of a tensor or of each tensor in a tuple, bytes turned into grey values, on
+    `device`."""
     if isinstance(data, tuple): return tuple(take(d, index, device) for d in data)
     return pixels(data[index].to(device)) if data.dtype == torch.uint8 else data[index].to(device)
 
@@ -188,8 +234,9 @@ class Loss(nn.Module):
 
 # %% ../nbs/09_training.ipynb #6160aaf6
 def distributed(model, objective):
-    """(objective, rank, number of processes): `objective` with its gradients averaged over the processes of torch.distributed if they have
-    been started, else as it is, 0 and 1. What an objective computes from a batch it then computes from a process's share of it."""
+    """(objective, rank, number of processes): `objective` with its gradients averaged over the
+    processes of torch.distributed if they have been started, else as it is, 0 and 1. What an
+    objective computes from a batch it then computes from a process's share of it."""
     if not dist.is_initialized(): return objective, 0, 1
     averaged = DistributedDataParallel(Loss(model, objective))
     return lambda _, batch, step: averaged(batch, step), dist.get_rank(), dist.get_world_size()
@@ -198,118 +245,196 @@ def distributed(model, objective):
 def gathered(mine):
     "What every process calls `mine`, as a list in the order of ranks."
     everyone = [mine]*(dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized(): dist.all_gather_object(everyone, mine)
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, mine)
     return everyone
 
 # %% ../nbs/09_training.ipynb #d0e1c2b2
 def captured(model, objective, batch, precision=torch.float32):
-    """`objective` as a CUDA graph, recorded on the float tensor `batch` (B, ...): the same function of (model, batch, step) for batches of this shape, but its
-    kernels, and those of its gradients, start as a whole. It must not ask the device for a value, nor copy to it; noise is fresh each time."""
-    step, kept = torch.zeros((), dtype=torch.float64, device=batch.device), {k: v.clone() for k, v in model.state_dict().items()}
-    with unchecked(), torch.autocast('cuda', precision, enabled=precision != torch.float32, cache_enabled=False):
+    """`objective` as a CUDA graph, recorded on the float tensor `batch` (B, ...): the same
+    function of (model, batch, step) for batches of this shape, but its kernels, and those of its
+    gradients, start as a whole. It must not ask the device for a value, nor copy to it; noise is
+    fresh each time."""
+    step = torch.zeros((), dtype=torch.float64, device=batch.device)
+    kept = {k: v.clone() for k,
+            v in model.state_dict().items()}   # rehearsals move batch norm's means
+    bits = dict(enabled=precision != torch.float32, cache_enabled=False)
+    with unchecked(), torch.autocast('cuda', precision, **bits):
         graph = torch.cuda.make_graphed_callables(Loss(model, objective), (batch, step))
-    model.load_state_dict(kept)                                                  # the rehearsals have moved the running means of batch normalisation
+    model.load_state_dict(kept)
     return lambda _, batch, number: graph(batch, step.fill_(number))
 
 # %% ../nbs/09_training.ipynb #6836caea
 def random_state():
     "The state of torch's random numbers in this process, on all its devices."
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()
+                if torch.cuda.is_available() else [])
 
 # %% ../nbs/09_training.ipynb #d17cb315
 def resume(path, settings, data, model, optimiser, rank=0, world=1):
-    "Bring model, optimiser and random numbers to the state in the checkpoint `path`, if there is one; (steps done, rows, curves)."
+    """Bring model, optimiser and random numbers to the state in the checkpoint `path`, if there
+    is one; (steps done, rows, curves)."""
     state = load_checkpoint(path, settings, digest(data)) if path else None
     if not state: return 0, [], []
-    if len(state['each']) != world: raise TrainingError(f'{path} was left by {len(state["each"])} processes, this run has {world}.')
+    if len(state['each']) != world:
+        raise TrainingError(f'{path} was left by {len(state["each"])} processes, this run has '
+                            f'{world}.')
     model.load_state_dict(state['model'])
     optimiser.load_state_dict(state['optimiser'])
     mine = state['each'][rank]
     torch.set_rng_state(mine['random']['cpu'])
-    if torch.cuda.is_available(): torch.cuda.set_rng_state_all(mine['random']['cuda'])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(mine['random']['cuda'])
     return state['step'], mine['rows'], state['curves']
 
 # %% ../nbs/09_training.ipynb #68af630c
 def save_run(path, model, optimiser, rows, **rest):
-    """Write the checkpoint that `resume` reads; several processes leave one, written by the first. Raises `TrainingError` instead if a weight is not finite:
-    the last checkpoint is a better one."""
+    """Write the checkpoint that `resume` reads; several processes leave one, written by the
+    first. Raises `TrainingError` instead if a weight is not finite: the last checkpoint is a
+    better one."""
     if not finite(model): raise diverged('The weights are not finite', rest['step'] - 1, path)
     each = gathered(dict(random=random_state(), rows=rows))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_checkpoint(path, model=model.state_dict(), optimiser=optimiser.state_dict(), each=each, **rest)
+        save_checkpoint(path, model=model.state_dict(), optimiser=optimiser.state_dict(), each=each,
+                        **rest)
 
 # %% ../nbs/09_training.ipynb #d15c0902
 def trainable(model, data):
-    "`data` as a `VAE` can be trained on them, float tensors and bytes as they are; data of other models untouched. Raises `TrainingError` for images that cannot be."
+    """`data` as a `VAE` can be trained on them, float tensors and bytes as they are; data of
+    other models untouched. Raises `TrainingError` for images that cannot be."""
     if not isinstance(model, VAE) or isinstance(data, tuple) or hasattr(data, 'bits'): return data
-    try: return as_images(data)
-    except DataError as e: raise TrainingError(f'No training on these images. {e}') from None
+    try:
+        return as_images(data)
+    except DataError as e:
+        raise TrainingError(f'No training on these images. {e}') from None
+
+# %% ../nbs/09_training.ipynb #7160f494
+def shares(data, batch, seed, device, start=0, rank=0, world=1):
+    """The minibatches `start`, `start` + 1, ... of `data` on `device`: whole, or the shares that
+    the process `rank` of `world` has in them."""
+    n = len(data[0] if isinstance(data, tuple) else data)
+    for index in minibatches(n, batch, seed, start):
+        yield take(data, index[rank::world], device)
+
+# %% ../nbs/09_training.ipynb #d4b5d80a
+def prepared(model, objective, data, batch, seed, precision):
+    """(objective, rank, number of processes) as `distributed`; on one graphics card the
+    objective is `captured` on the first batch. The random numbers of this process begin at their
+    seed."""
+    objective, rank, world = distributed(model, objective)
+    device = next(model.parameters()).device
+    if device.type == 'cuda' and world == 1:
+        objective = captured(model, objective, next(shares(data, batch, seed, device)), precision)
+    torch.manual_seed(seed*world + rank)
+    return objective, rank, world
+
+# %% ../nbs/09_training.ipynb #9a97f934
+def stepper(model, objective, optimiser, schedule, steps, precision, path):
+    "The function (batch, step) -> `averages` that sets the learning rate of a step, and takes it."
+    lr = optimiser.param_groups[0]['lr']
+    def take_one(batch, step):
+        if schedule:
+            optimiser.param_groups[0]['lr'] = schedule(lr, step, steps)
+        return advance(model, objective, batch, step, optimiser, precision, path)
+    return take_one
+
+# %% ../nbs/09_training.ipynb #eb54514f
+def stopped(step, steps, path):
+    "The KeyboardInterrupt of a training that was told to stop after `step` of `steps` steps."
+    kept = f'; {path} keeps it: the same call goes on.' if path else '.'
+    return KeyboardInterrupt(f'Stopped after step {step} of {steps}{kept}')
+
+# %% ../nbs/09_training.ipynb #ef3bfd0b
+def take_steps(bar, batches, take_one, rows, curves, *, keep, path, every, log, noted):
+    """Take the steps of a progress `bar`; their `averages` become `rows`, and every `log` of
+    them a point of the `curves`. `keep(rows, step=, curves=)` writes a checkpoint every `every`
+    steps."""
+    for step, batch in zip(bar, batches):
+        rows.append(take_one(batch, step))
+        if (step + 1) % log == 0:
+            curves.append(mean_row(sum(gathered(rows), []), step + 1))
+            rows.clear()
+            bar.set_postfix(loss=f'{curves[-1]["loss"]:.4g}')
+        stop = any(gathered(bool(noted)))
+        if path and (stop or (step + 1) % every == 0):
+            keep(rows, step=step + 1, curves=curves)
+        if stop: raise stopped(step + 1, bar.total, path)
 
 # %% ../nbs/09_training.ipynb #27f4c729
-def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4), schedule=None, seed=0, precision=torch.float32,
-        folder=None, settings='', every=1000, log=100, desc='training', progress=True):
-    """Minimise `objective(model, batch, step).loss` for `steps` steps and return the learning curves, a data frame with a row every
-    `log` steps. `data`: a tensor (N, ...), bytes or floats, or a tuple of such; `optimiser`: parameters -> torch optimiser;
-    `schedule`: (lr, step, steps) -> lr. With a `folder`, a checkpoint every `every` steps, from which the same call goes on.
-    Raises `TrainingError` on a loss or a weight that is no number, and for images that no `VAE` can learn; SIGINT and SIGTERM stop it after a whole step, with a checkpoint, as
-    KeyboardInterrupt. The caller's random numbers are not touched. Under torch.distributed, `batch` is shared by the processes."""
+def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4), schedule=None,
+        seed=0, precision=torch.float32, folder=None, settings='', every=1000, log=100,
+        desc='training', progress=True):
+    """Minimise `objective(model, batch, step).loss` for `steps` steps; the learning curves, a
+    data frame with a row every `log` steps. `data`: a tensor (N, ...), bytes or floats, or a
+    tuple of such; `optimiser`: parameters -> torch optimiser; `schedule`: (lr, step, steps) ->
+    lr. With a `folder`, a checkpoint every `every` steps, from which the same call goes on;
+    SIGINT and SIGTERM stop it after a whole step, as KeyboardInterrupt. Raises `TrainingError`
+    on numbers that are not finite and on images that no `VAE` can learn. Under
+    torch.distributed, processes share `batch`."""
     with torch.random.fork_rng(), noted_signals() as noted:
-        objective, rank, world = distributed(model, objective)
-        device, data = next(model.parameters()).device, trainable(model, data)
-        n = len(data[0] if isinstance(data, tuple) else data)
-        if device.type == 'cuda' and world == 1: objective = captured(model, objective, take(data, next(minibatches(n, batch, seed)), device), precision)
-        torch.manual_seed(seed*world + rank)
-        opt, path = optimiser(model.parameters()), folder and Path(folder)/'checkpoint.pt'
-        lr = opt.param_groups[0]['lr']
-        start, rows, curves = resume(path, settings, data, model, opt, rank, world)
-        own = dict(settings=settings, data=digest(data)) if path else {}
-        order = minibatches(n, batch, seed, start)
-        bar = tqdm(range(start, steps), desc, steps, initial=start, disable=rank > 0 or not progress, mininterval=1)
-        for step, index in zip(bar, order):
-            if schedule: opt.param_groups[0]['lr'] = schedule(lr, step, steps)
-            rows.append(advance(model, objective, take(data, index[rank::world], device), step, opt, precision, path))
-            if (step + 1) % log == 0:
-                curves.append(mean_row(sum(gathered(rows), []), step + 1)); rows = []
-                bar.set_postfix(loss=f'{curves[-1]["loss"]:.4g}')
-            stop = any(gathered(bool(noted)))
-            if path and ((step + 1) % every == 0 or stop): save_run(path, model, opt, rows, step=step + 1, curves=curves, **own)
-            if stop: raise KeyboardInterrupt(f'Stopped after step {step + 1} of {steps}' + (f'; {path} keeps it: the same call goes on.' if path else '.'))
+        data, path = trainable(model, data), folder and Path(folder)/'checkpoint.pt'
+        objective, rank, world = prepared(model, objective, data, batch, seed, precision)
+        opt = optimiser(model.parameters())
+        take_one = stepper(model, objective, opt, schedule, steps, precision, path)
+        done, rows, curves = resume(path, settings, data, model, opt, rank, world)
+        keep = path and partial(save_run, path, model, opt, settings=settings, data=digest(data))
+        bar = tqdm(range(done, steps), desc, steps, initial=done,
+                   disable=rank > 0 or not progress, mininterval=1)
+        batches = shares(data, batch, seed, next(model.parameters()).device, done, rank, world)
+        take_steps(bar, batches, take_one, rows, curves,
+                   keep=keep, path=path, every=every, log=log, noted=noted)
     if not finite(model): raise diverged('The weights are not finite', steps - 1, path)
     return pd.DataFrame(curves)
 
 # %% ../nbs/09_training.ipynb #154b890a
-OBJECTIVES = {'elbo': elbo, 'beta': beta_vae, 'capacity': capacity, 'joint': joint_vae, 'tc': tc_vae, 'factor': factor_vae}
+OBJECTIVES = {'elbo': elbo, 'beta': beta_vae, 'capacity': capacity, 'joint': joint_vae,
+              'tc': tc_vae, 'factor': factor_vae}
 
 def objective(preset):
-    "The objective of a `ModelPreset`: a function (model, x, step) -> `Terms` with the preset's constants."
+    """The objective of a `ModelPreset`: a function (model, x, step) -> `Terms` with the preset's
+    constants."""
     f = OBJECTIVES[preset.objective]
     return partial(f, **{k: getattr(preset, k) for k in inspect.getfullargspec(f).kwonlyargs})
 
 # %% ../nbs/09_training.ipynb #d15c0904
-LIMITS = [                                                                       # objective, what must be, and why
+LIMITS = [  # objective, what must be, and why
     ('joint', lambda p: p.n_c > 0, 'needs a categorical: n_c must be at least 1'),
     ('tc', lambda p: p.batch > 1, 'compares codes of one batch: batch must be at least 2'),
-    ('tc', lambda p: p.batch <= p.n_data, 'draws its batches from n_data images: batch must be at most n_data'),
-    ('factor', lambda p: p.batch > 3, 'permutes the codes of half a batch: batch must be at least 4')]
+    ('tc', lambda p: p.batch <= p.n_data,
+     'draws its batches from n_data images: batch must be at most n_data'),
+    ('factor', lambda p: p.batch > 3,
+     'permutes the codes of half a batch: batch must be at least 4')]
 
+# %% ../nbs/09_training.ipynb #1d10ed4a
 def possible(preset):
     "A `ModelPreset` as it is; raises `SettingsError` if its objective cannot be computed."
     for name, holds, why in LIMITS:
-        if preset.objective == name and not holds(preset): raise SettingsError(f'objective = {name} {why}; it is n_c = {preset.n_c}, batch = {preset.batch}, n_data = {preset.n_data}.')
+        if preset.objective == name and not holds(preset):
+            raise SettingsError(f'objective = {name} {why}; it is n_c = {preset.n_c}, '
+                                f'batch = {preset.batch}, n_data = {preset.n_data}.')
     return preset
 
 # %% ../nbs/09_training.ipynb #4a00f7a1
 def network(p):
-    "The `VAE` of a `ModelPreset`; raises `SettingsError` for sizes that it has not, and if it does not fit into memory."
-    try: return VAE(p.n_z, p.n_c, p.channels, p.size, p.tau, p.likelihood, p.network)
-    except ValueError as e: raise SettingsError(f'There is no such network: {e}.') from None
+    """The `VAE` of a `ModelPreset`; raises `SettingsError` for sizes that it has not,
+    and if it does not fit into memory."""
+    try:
+        return VAE(p.n_z, p.n_c, p.channels, p.size, p.tau, p.likelihood, p.network)
+    except ValueError as e:
+        raise SettingsError(f'There is no such network: {e}.') from None
     except (RuntimeError, MemoryError) as e:
-        raise SettingsError(f'The networks do not fit into memory, with n_z = {p.n_z}, n_c = {p.n_c}, channels = {p.channels}, size = {p.size} ({str(e).splitlines()[0][:100]}).') from None
+        why = str(e).splitlines()[0][:100]
+        raise SettingsError(f'The networks do not fit into memory, with n_z = {p.n_z}, n_c = '
+                            f'{p.n_c}, '
+                            f'channels = {p.channels}, size = {p.size} ({why}).') from None
 
+# %% ../nbs/09_training.ipynb #2fc7d27b
 def build(preset, seed=0):
-    """An untrained `VAE` with the latents, the likelihood and the networks of a `ModelPreset`, and a discriminator if its objective is 'factor'; its
-    initial weights depend on `seed` alone, 0 <= seed < 2^32. Raises `SettingsError` if there can be no such model."""
-    if not 0 <= seed < 2**32: raise SettingsError(f'seed = {seed}: it should be at least 0 and less than 2^32.')
+    """An untrained `VAE` with the latents, the likelihood and the networks of a `ModelPreset`,
+    and a discriminator if its objective is 'factor'; its initial weights depend on `seed` alone,
+    0 <= seed < 2^32. Raises `SettingsError` if there can be no such model."""
+    if not 0 <= seed < 2**32:
+        raise SettingsError(f'seed = {seed}: it should be at least 0 and less than 2^32.')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = network(possible(preset))
@@ -318,104 +443,143 @@ def build(preset, seed=0):
 # %% ../nbs/09_training.ipynb #d481416b
 @contextmanager
 def one_thread():
-    "Within this context torch computes on one thread: sums then have one order, and results the same bytes whatever the cores."
+    """Within this context torch computes on one thread: sums then have one order, and results
+    the same bytes whatever the cores."""
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 # %% ../nbs/09_training.ipynb #13c695d8
 def keep_memory():
-    "Tell glibc's allocator to keep freed memory for this process instead of returning it at every step; elsewhere, do nothing."
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if platform.libc_ver()[0] == 'glibc' else None
-    if mallopt: mallopt(-3, 32 << 20), mallopt(-1, 1 << 30)            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
+    """Tell glibc's allocator to keep freed memory for this process instead of returning it at every
+    step; elsewhere, do nothing."""
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt',
+                      None) if platform.libc_ver()[0] == 'glibc' else None
+    if mallopt:
+        mallopt(-3, 32 << 20)                                      # M_MMAP_THRESHOLD, in bytes
+        mallopt(-1, 1 << 30)                                       # M_TRIM_THRESHOLD
 
 # %% ../nbs/09_training.ipynb #19412afd
 def identity(preset, seed, images=''):
-    "What determines a training, as one line of JSON: the values of the preset that differ from their defaults, the seed, and the `digest` of the `images` if they are own ones."
-    return json.dumps(preset.model_dump(exclude_defaults=True) | {'seed': seed} | ({'images': images[:16]} if images else {}), sort_keys=True)
+    """What determines a training, as one line of JSON: the values of the preset that differ from
+    their defaults, the seed, and the `digest` of the `images` if they are own ones."""
+    own = {'images': images[:16]} if images else {}
+    return json.dumps(preset.model_dump(exclude_defaults=True) | {'seed': seed} | own,
+                      sort_keys=True)
 
 # %% ../nbs/09_training.ipynb #d15c0915
 def own_images(preset, data=None):
-    "The `digest` of the images that a `ModelPreset` is trained on (`data`, else those of its data set); '' if they are those of a set that its name determines."
+    """The `digest` of the images that a `ModelPreset` is trained on (`data`, else those of its data
+    set); '' if they are those of a set that its name determines."""
     if data is None and preset.data in IMAGES: return ''
     x = load(preset.data, size=preset.size).x if data is None else data
     return '' if is_set(x, preset.data, preset.size) else digest(x)
 
 # %% ../nbs/09_training.ipynb #d15c0916
 def fitting(preset, x):
-    "Images x as they are; raises `SettingsError` if a `ModelPreset` is meant for others, in shape, or in number where its objective asks for that."
+    """Images x as they are; raises `SettingsError` if a `ModelPreset` is meant for others, in
+    shape, or in number where its objective asks for that."""
     want, n = (preset.channels, preset.size, preset.size), len(x)
-    if tuple(x.shape[1:]) != want: raise SettingsError(f'The images are {" x ".join(map(str, x.shape[1:]))}, and the preset is for {" x ".join(map(str, want))}: set channels and size.')
-    if 'n_data' in objective(preset).keywords and preset.n_data != n: raise SettingsError(f'n_data = {preset.n_data}, but there are {n} images: set n_data = {n}.')
+    if tuple(x.shape[1:]) != want:
+        is_, for_ = (' x '.join(map(str, shape)) for shape in (x.shape[1:], want))
+        raise SettingsError(f'The images are {is_}, and the preset is for {for_}: set channels and '
+                            'size.')
+    if 'n_data' in objective(preset).keywords and preset.n_data != n:
+        raise SettingsError(f'n_data = {preset.n_data}, but there are {n} images: set n_data = '
+                            f'{n}.')
     return x
 
 # %% ../nbs/09_training.ipynb #c0de0f08
 def forward_dtype(precision, device='cpu'):
-    """The torch dtype of a forward pass for a preset's `precision`: float32 or bfloat16, and float32 for both on a processor that has less than AVX-512,
-    which would be several times slower in bfloat16."""
-    emulated = torch.device(device).type == 'cpu' and not torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+    """The torch dtype of a forward pass for a preset's `precision`: float32 or bfloat16, and
+    float32 for both on a processor that has less than AVX-512, where bfloat16 would be several
+    times slower."""
+    on_cpu = torch.device(device).type == 'cpu'
+    emulated = on_cpu and not torch.backends.cpu.get_cpu_capability().startswith('AVX512')
     return torch.float32 if emulated else getattr(torch, precision)
 
 # %% ../nbs/09_training.ipynb #4b2ad746
 def record(seconds, dtype, device='cpu', **files):
-    "Circumstances of a run that took `seconds` on `device` with a forward pass in `dtype`, and the checksums of `files` {name: bytes}, as JSON."
-    processor = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else platform.processor() or platform.machine()
-    return json.dumps({'seconds': round(seconds), 'torch': torch.__version__, 'machine': processor, 'precision': str(dtype).removeprefix('torch.'),
-                       'system': platform.platform(), 'commit': commit(), 'sha256': {name: sha256(b).hexdigest() for name, b in files.items()}}, indent=1)
+    """Circumstances of a run that took `seconds` on `device` with a forward pass in `dtype`,
+    and the checksums of `files` {name: bytes}, as JSON."""
+    card = torch.device(device).type == 'cuda'
+    processor = platform.processor() or platform.machine()
+    machine = torch.cuda.get_device_name(device) if card else processor
+    sums = {name: sha256(b).hexdigest() for name, b in files.items()}
+    return json.dumps({'seconds': round(seconds), 'torch': torch.__version__, 'machine': machine,
+                       'precision': str(dtype).removeprefix('torch.'),
+                       'system': platform.platform(),
+                       'commit': commit(), 'sha256': sums}, indent=1)
 
 # %% ../nbs/09_training.ipynb #d0e1c2a4
 def usable(device):
     "The name of a torch device, if tensors can be made there; raises `TrainingError` if not."
-    try: torch.zeros(1, device=device).cpu()
+    try:
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as e:
-        raise TrainingError(f'No device {device!r} here ({str(e).splitlines()[0]}): leave it out to train on the CPU.') from None
+        why = str(e).splitlines()[0]
+        raise TrainingError(f'No device {device!r} here ({why}): leave it out to train on the '
+                            'CPU.') from None
     return device
 
 # %% ../nbs/09_training.ipynb #d15c0906
 def leave(path, model, settings, curves, seconds, dtype, device):
-    "Write what a finished run leaves beside its weights `path`, and the weights last; then its checkpoint is of no use."
+    """Write what a finished run leaves beside its weights `path`, and the weights last; then its
+    checkpoint is of no use."""
     files = {'curves.csv': curves.to_csv(index=False).encode(), path.name: packed(model, settings)}
     write(path.parent/'run.json', record(seconds, dtype, device, **files))
-    for name, data in files.items(): write(path.parent/name, data)
+    for name, data in files.items():
+        write(path.parent/name, data)
     (path.parent/'checkpoint.pt').unlink(missing_ok=True)
 
 # %% ../nbs/09_training.ipynb #09826752
 def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='cpu'):
-    """The `VAE` of a `ModelPreset` with `seed`, trained on one thread or on another torch `device`, in `forward_dtype`, or loaded if `folder` holds it finished; goes on
-    where a killed run was. Leaves weights.safetensors, curves.csv and run.json in `folder`. `data`: images, else the preset's training set. Returned on the CPU.
-    Raises `SettingsError` if there can be no such model, `TrainingError` if this machine has no such device, and what `load_weights` and `fit` raise."""
-    model, path, began = build(preset, seed=seed).to(usable(device)), Path(folder)/'weights.safetensors', time.time()
-    data = data if data is None else trainable(model, data)
+    """The `VAE` of a `ModelPreset` with `seed`, trained on one thread or on another torch
+    `device`, in `forward_dtype`, or loaded if `folder` holds it finished; goes on where a killed
+    run was. Leaves weights.safetensors, curves.csv and run.json there. `data`: images, else the
+    preset's training set. Returned on the CPU. Raises what `build`, `usable`, `load_weights` and
+    `fit` raise."""
+    began, path = time.time(), Path(folder)/'weights.safetensors'
+    model = build(preset, seed=seed).to(usable(device))
+    data = None if data is None else trainable(model, data)
     settings = identity(preset, seed, own_images(preset, data))
     if path.exists():
         load_weights(path, model, settings)
-        (path.parent/'checkpoint.pt').unlink(missing_ok=True)                    # of a run that was killed between the two
+        (path.parent/'checkpoint.pt').unlink(missing_ok=True)      # of a run killed between the two
         return model.cpu().eval()
     x = fitting(preset, load(preset.data, size=preset.size).x if data is None else data)
-    if isinstance(x, torch.Tensor): x = x.to(device)
+    x = x.to(device) if isinstance(x, torch.Tensor) else x
     dtype = forward_dtype(preset.precision, device)
+    adam = partial(Adam, lr=preset.lr, weight_decay=preset.weight_decay, fused=True)
     keep_memory()
     with one_thread(), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
-        curves = fit(model, objective(preset), x, preset.steps, preset.batch, partial(Adam, lr=preset.lr, weight_decay=preset.weight_decay, fused=True),
-                     SCHEDULES[preset.schedule], seed, dtype, folder, settings, every, desc=Path(folder).name, progress=progress)
+        curves = fit(model, objective(preset), x, preset.steps, preset.batch, adam,
+                     SCHEDULES[preset.schedule], seed, dtype, folder, settings, every,
+                     desc=path.parent.name, progress=progress)
     leave(path, model, settings, curves, time.time() - began, dtype, device)
     return model.cpu().eval()
 
 # %% ../nbs/09_training.ipynb #402d9542
 def alive(net, x):
-    "Of each ReLU of a sequential network, the share of units that are positive for at least one of the inputs x (B, ...): a list, first layer first."
+    """Of each ReLU of a sequential network, the share of units that are positive for at least
+    one of the inputs x (B, ...): a list, first layer first."""
     shares = []
     for layer in net:
         x = layer(x)
-        if isinstance(layer, nn.ReLU): shares.append((x.detach().flatten(1) > 0).any(0).float().mean().item())
+        if isinstance(layer, nn.ReLU):
+            shares.append((x.detach().flatten(1) > 0).any(0).float().mean().item())
     return shares
 
 # %% ../nbs/09_training.ipynb #e232619f
 def dead(model, x, nats=.1):
-    """Whether the training of a `VAE` is dead: on images x (B, ...), the first of its training set, a ReLU layer of its encoder
-    has no live unit, or the code carries less than `nats` on average."""
-    with torch.no_grad(): kl_z, kl_c = kl(model.posterior(x))
+    """Whether the training of a `VAE` is dead: on images x (B, ...), the first of its training
+    set, a ReLU layer of its encoder has no live unit, or the code carries less than `nats` on
+    average."""
+    with torch.no_grad():
+        kl_z, kl_c = kl(model.posterior(x))
     return min(alive(model.encoder, x)) == 0 or (kl_z.sum(1) + kl_c).mean().item() < nats
 
 # %% ../nbs/09_training.ipynb #56c07097
@@ -423,62 +587,84 @@ WEIGHTS = Path(inspect.getfile(ModelPreset)).with_name('weights')
 
 # %% ../nbs/09_training.ipynb #d15c0914
 def hashes(of=WEIGHTS):
-    "The SHA-256 of each file of shipped weights as {name: hex digits}; lines that say nothing of the kind are passed over."
+    """The SHA-256 of each file of shipped weights as {name: hex digits};
+    lines that say nothing of the kind are passed over."""
     sums = Path(of)/'SHA256SUMS'
-    lines = [line.split() for line in sums.read_bytes().decode(errors='replace').splitlines()] if sums.exists() else []
+    text = sums.read_bytes().decode(errors='replace') if sums.exists() else ''
+    lines = [line.split() for line in text.splitlines()]
     return {words[1]: words[0] for words in lines if len(words) == 2 and len(words[0]) == 64}
 
 # %% ../nbs/09_training.ipynb #1d8c3c8a
 def ship(run, name, seed, to=WEIGHTS):
-    """Copy the weights in the folder `run`, but for a discriminator, which only training needs, to the package as `name`
-    ('mnist/disentangled') and `seed`, and note their hash in SHA256SUMS."""
-    file, sums = f'{name}/seed{seed}.safetensors', Path(to)/'SHA256SUMS'
+    """Copy the weights in the folder `run`, but for a discriminator, which only training needs,
+    to the package as `name` ('mnist/disentangled') and `seed`, and note their hash in
+    SHA256SUMS."""
+    file, to = f'{name}/seed{seed}.safetensors', Path(to)
     tensors, settings = read_weights(Path(run)/'weights.safetensors')
-    data = save_tensors({k: t for k, t in tensors.items() if not k.startswith('discriminator')}, {'settings': settings})
-    write(Path(to)/file, data)
-    write(sums, '\n'.join(f'{h}  {f}' for f, h in sorted((hashes(to) | {file: sha256(data).hexdigest()}).items())) + '\n')
+    kept = {k: t for k, t in tensors.items() if not k.startswith('discriminator')}
+    data = save_tensors(kept, {'settings': settings})
+    write(to/file, data)
+    sums = sorted((hashes(to) | {file: sha256(data).hexdigest()}).items())
+    write(to/'SHA256SUMS', ''.join(f'{h}  {f}\n' for f, h in sums))
 
 # %% ../nbs/09_training.ipynb #e4a7162c
 def is_shipped(name, seed, source=WEIGHTS):
-    "Whether the weights of a section such as 'mnist.entangled', trained with `seed`, came with the package."
+    """Whether the weights of a section such as 'mnist.entangled', trained with `seed`, came with
+    the package."""
     return f'{name.replace(".", "/")}/seed{seed}.safetensors' in hashes(source)
 
 # %% ../nbs/09_training.ipynb #360c5376
 def shipped(name, seed=0, source=WEIGHTS, settings=None):
-    """Path of the shipped weights `name` with `seed`, whose hash has been compared; raises `TrainingError` if there are none, if they are damaged, or
-    if they were trained with other `settings` (if given)."""
+    """Path of the shipped weights `name` with `seed`, whose hash has been compared; raises
+    `TrainingError` if there are none, if they are damaged, or if they were trained with other
+    `settings` (if given)."""
     file, known = f'{name}/seed{seed}.safetensors', hashes(source)
-    if file not in known: raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; there are {", ".join(sorted(known)) or "none"}.')
+    if file not in known:
+        raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; '
+                            f'there are {", ".join(sorted(known)) or "none"}.')
     path = Path(source)/file
     if not path.exists() or sha256(path.read_bytes()).hexdigest() != known[file]:
-        raise TrainingError(f'{path} is missing or damaged: its hash is not the one in SHA256SUMS; install the package again.')
+        raise TrainingError(f'{path} is missing or damaged: its hash is not the one in SHA256SUMS; '
+                            'install the package again.')
     if settings in (None, stored := read_weights(path)[1]): return path
-    raise TrainingError(f'The shipped {name} was trained with other settings than it has now ({stored}): undo the change, or train a model of your own.')
+    raise TrainingError(f'The shipped {name} was trained with other settings than it has now '
+                        f'({stored}): '
+                        'undo the change, or train a model of your own.')
 
 # %% ../nbs/09_training.ipynb #ecdff359
 def pretrained(name, seed=0, source=WEIGHTS):
-    """The shipped `VAE` of a model such as 'mnist/disentangled', trained with `seed`, in eval mode. Raises `TrainingError` if there is
-    none, if its file is damaged, or if the preset in settings.ini is no longer the one it was trained with."""
+    """The shipped `VAE` of a model such as 'mnist/disentangled', trained with `seed`, in eval
+    mode. Raises `TrainingError` if there is none, if its file is damaged, or if the preset in
+    settings.ini is no longer the one it was trained with."""
     p = preset(name.replace('/', '.'))
-    return load_weights(shipped(name, seed, source, identity(p, seed)), build(p.model_copy(update={'objective': 'elbo'}), seed=seed)).eval()
+    path = shipped(name, seed, source, identity(p, seed))
+    return load_weights(path, build(p.model_copy(update={'objective': 'elbo'}), seed=seed)).eval()
 
 # %% ../nbs/09_training.ipynb #293fd601
 def learning_curve(name, seed, runs, every=500):
-    """The learning curve of the model that `vae-robust train NAME --seed S` leaves in the folder `runs`, where it is trained unless it is there: a data
-    frame with name, seed, step, and means over `every` steps of rec, kl_z and kl_c in nats per image; and whether its weights are the shipped bytes."""
+    """The learning curve of the model that `vae-robust train NAME --seed S` leaves in the folder
+    `runs`, where it is trained unless it is there: a data frame with name, seed, step, and means
+    over `every` steps of rec, kl_z and kl_c in nats per image; and whether its weights are the
+    shipped bytes."""
     folder = Path(runs)/'train.full'/name/f'seed{seed}'
     train(preset(name), folder, seed)
     try:
         t = read_table(checked(folder/'curves.csv'))
-        t = pd.DataFrame({'step': -(-t.step//every)*every, 'rec': t.rec, 'kl_z': t.filter(like='kl_z').sum(axis=1), 'kl_c': t.kl_c})
-    except (TableError, OSError, AttributeError): raise TrainingError(f'{folder/"curves.csv"} is missing or damaged: delete {folder} and train again.') from None
-    known = hashes().get(f'{name.replace(".", "/")}/seed{seed}.safetensors')
-    same = sha256((folder/'weights.safetensors').read_bytes()).hexdigest() == known
+        t = pd.DataFrame({'step': -(-t.step//every)*every, 'rec': t.rec,
+                          'kl_z': t.filter(like='kl_z').sum(axis=1), 'kl_c': t.kl_c})
+    except (TableError, OSError, AttributeError):
+        raise TrainingError(f'{folder/"curves.csv"} is missing or damaged: '
+                            f'delete {folder} and train again.') from None
+    mine, known = (folder/'weights.safetensors').read_bytes(), hashes()
+    same = sha256(mine).hexdigest() == known.get(f'{name.replace(".", "/")}/seed{seed}.safetensors')
     return t.groupby('step', as_index=False).mean().round(3).assign(name=name, seed=seed), same
 
 # %% ../nbs/09_training.ipynb #df4e2f44
-def publish_curves(runs, names=('mnist.disentangled', 'mnist.entangled', 'mnist.entangled_wd'), seed=0, folder=None):
-    "Write the `learning_curve` of `names` to figures/curves.csv (or to `folder`), with their provenance: whose weights are the shipped bytes; the table."
+def publish_curves(runs, names=('mnist.disentangled', 'mnist.entangled', 'mnist.entangled_wd'),
+                   seed=0, folder=None):
+    """Write the `learning_curve` of `names` to figures/curves.csv (or to `folder`), with their
+    provenance: whose weights are the shipped bytes; the table."""
     found = {n: learning_curve(n, seed, runs) for n in names}
     table = pd.concat([t for t, _ in found.values()])
-    return save_csv(table, 'curves', folder, shipped_bytes={n: same for n, (_, same) in found.items()})
+    return save_csv(table, 'curves', folder,
+                    shipped_bytes={n: same for n, (_, same) in found.items()})

@@ -4,14 +4,13 @@ r"""What does latent $j$ do? Move it and nothing else, $z_j = -3, \dots, 3$, and
 
 # %% auto #0
 __all__ = ['grid', 'show_grid', 'reconstructions', 'kl_per_latent', 'along', 'across', 'traversal', 'categories', 'traversals',
-           'prior_codes', 'strip', 'stacked', 'png', 'LatentExplorer']
+           'prior_codes', 'strip', 'stacked', 'png']
 
 # %% ../nbs/11_traversals.ipynb #cb95a3c5
 import io
-import ipywidgets as widgets, matplotlib.pyplot as plt, numpy as np, torch
+import matplotlib.pyplot as plt, torch
 from PIL import Image
 from .data import pixels
-from .settings import root, write
 from .vae import kl
 
 # %% ../nbs/11_traversals.ipynb #131ca12f
@@ -119,121 +118,3 @@ def png(picture):
     file = io.BytesIO()
     picture.save(file, 'PNG', compress_level=1)
     return file.getvalue()
-
-# %% ../nbs/11_traversals.ipynb #4c30f535
-class ExplorerControls:
-    "The controls of a `LatentExplorer`, and how they are laid out."
-    def __init__(self, names, n_images, index, n_z, n_c):
-        style = {'description_width': '8em'}
-        wide = widgets.Layout(width='26em')
-        self.name = widgets.ToggleButtons(options=names, description='model',
-                                          style={'button_width': '9em'})
-        self.index = widgets.IntSlider(index, 0, n_images - 1, description='test image',
-                                       style=style, layout=wide)
-        self.sliders = [widgets.FloatSlider(min=-5, max=5, step=.1, readout_format='.1f',
-                                            style=style, layout=wide) for _ in range(n_z)]
-        self.category = widgets.ToggleButtons(options=list(range(n_c)),
-                                              style={'button_width': '2.6em'})
-        self.upload = widgets.FileUpload(accept='image/*', description='a digit of your own',
-                                         layout=widgets.Layout(width='auto'))
-        self.reset = widgets.Button(description='reset')
-        self.save = widgets.Button(description='save PNG')
-        self.image = widgets.Image(format='png', layout=widgets.Layout(width='40em'))
-        self.note = widgets.Label()
-        left = widgets.VBox([self.index, *self.sliders])
-        buttons = widgets.HBox([self.reset, self.save, self.upload])
-        right = widgets.VBox([self.image, self.note, self.category, buttons])
-        self.box = widgets.VBox([self.name, widgets.HBox([left, right])])
-
-# %% ../nbs/11_traversals.ipynb #966e7840
-class ExplorerPicture(ExplorerControls):
-    "What the controls of a `LatentExplorer` say, as a code and as a picture."
-    model = property(lambda self: self.models[self.name.value])
-    order = property(lambda self: self.kl[self.name.value][0].argsort(descending=True).tolist())
-
-    @property
-    def code(self):
-        "What sliders and buttons say, (1, D + K)."
-        z = torch.empty(1, self.model.n_z)
-        z[0, self.order] = torch.tensor([s.value for s in self.sliders])
-        if not self.model.n_c: return z
-        return torch.cat([z, torch.eye(self.model.n_c)[[self.category.index]]], -1)
-
-    def show(self):
-        "Draw image, reconstruction and the traversal along what was moved last."
-        code, c = self.code, self.moved is self.category
-        j = None if c else self.order[self.sliders.index(self.moved)]
-        walk = (across(self.model, code) if c
-                else along(self.model, code, j, torch.linspace(-3, 3, 10)))
-        with torch.no_grad():
-            top = torch.cat([self.x, self.model.decode(code)])
-        self.image.value = png(stacked([strip(top, 5), strip(walk)]))
-        below = 'c = 0 to 9.' if c else f'z{j} = -3 to 3.'
-        self.note.value = 'Above: the image, and what the sliders say. Below: ' + below
-
-    def keep(self, *_):
-        "Write the picture to runs/explorer.png."
-        write(root()/'runs'/'explorer.png', self.image.value)
-        self.note.value = 'Saved as runs/explorer.png.'
-
-# %% ../nbs/11_traversals.ipynb #32b72b62
-class ExplorerEvents(ExplorerPicture):
-    "What happens when a control of a `LatentExplorer` is used."
-    def pick(self, *_):
-        "Look at the chosen test image."
-        self.x = pixels(self.data.x[self.index.value][None])
-        self.restart()
-
-    def take(self, *_):
-        "Look at the uploaded picture, white on black, resized; a sentence if it is none."
-        if not self.upload.value: return
-        try:
-            own = Image.open(io.BytesIO(self.upload.value[0]['content'])).convert('L')
-            own = own.resize(self.data.x.shape[:1:-1])
-        except OSError:
-            self.note.value = 'This file is not a picture that can be read.'
-        else:
-            self.x = pixels(torch.from_numpy(np.array(own))[None, None])
-            self.restart()
-
-    def restart(self, *_):
-        "Back to the code of the image; each slider is named with its latent and its KL."
-        self.quiet, (kl_z, kl_c) = True, self.kl[self.name.value]
-        with torch.no_grad():
-            code = self.model.posterior(self.x).mode[0]
-        for s, j in zip(self.sliders, self.order):
-            s.description, s.value = f'z{j}: {kl_z[j]:.2f} nats', code[j].item()
-        if self.model.n_c:
-            self.category.index = code[self.model.n_z:].argmax().item()
-        self.category.description, self.quiet = f'c: {kl_c:.2f} nats', False
-        self.show()
-
-# %% ../nbs/11_traversals.ipynb #992b54d2
-class LatentExplorer(ExplorerEvents):
-    """A slider for every continuous latent, most informative first, buttons for the categorical,
-    and what the decoder makes of them, live.
-
-    `models`: a `VAE` or a dict of them by name, with latents of the same number;
-    `data`: an `ImageData`; `index`: the image to start from.
-    `.box` is what to display, `.image` the picture, a PNG; `.sliders`, `.category`, `.name`,
-    `.index`, `.upload`, `.reset` and `.save` are the controls."""
-    def __init__(self, models, data, index=0):
-        self.models = models if isinstance(models, dict) else {'model': models}
-        self.data, self.quiet = data, True
-        self.kl = {n: kl_per_latent(m, pixels(data.x[:500])) for n, m in self.models.items()}
-        first = next(iter(self.models.values()))
-        super().__init__(list(self.models), len(data.x), index, first.n_z, first.n_c)
-        self.moved = self.sliders[0]
-        for c, f in ((self.name, self.restart), (self.index, self.pick), (self.upload, self.take)):
-            c.observe(f, 'value')
-        for c in (*self.sliders, self.category):
-            c.observe(self.touch, 'value')
-        self.reset.on_click(self.restart)
-        self.save.on_click(self.keep)
-        self.pick()
-
-    def touch(self, change):
-        "A slider or a button was moved."
-        if self.quiet: return
-        self.moved = change.owner
-        self.show()
