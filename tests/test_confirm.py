@@ -28,14 +28,16 @@ def seen(rng, model, seed, rate=.3):
 
 
 @pytest.mark.parametrize('classes, is_lost', [
-    ([3, 3, 3], False), ([3, 3, 8], False), ([3, 8, 5], True), ([8, 8, 3], True), ([3], False), ([4], True)])
+    ([3, 3, 3], False), ([3, 3, 8], False), ([3, 8, 5], True), ([8, 8, 3], True), ([3], False),
+    ([4], True)])
 def test_lost_is_what_most_judges_do_not_recognise(classes, is_lost):
     assert lost([classes], [3]).tolist() == [is_lost]
 
 
 def test_the_nearest_images_vote_as_a_sorted_list_does():
     g = torch.Generator().manual_seed(0)
-    x, y, q = torch.rand(50, 1, 3, 3, generator=g), torch.arange(50) % 4, torch.rand(7, 1, 3, 3, generator=g)
+    x, y, q = torch.rand(50, 1, 3, 3,
+                         generator=g), torch.arange(50) % 4, torch.rand(7, 1, 3, 3, generator=g)
     near = (q.flatten(1)[:, None] - x.flatten(1)).square().sum(-1).argsort(1)[:, :5]
     votes = torch.stack([torch.bincount(y[i], minlength=4) for i in near]).float()
     assert torch.equal(Nearest(x, y, classes=4)(q), votes)
@@ -73,7 +75,8 @@ def test_a_class_weighs_as_much_as_another():
 
 
 def test_the_tables_columns_are_attacks_and_judges():
-    rows = pd.DataFrame({'source': [3, 5], 'target': [8, 3], 'image': [0, 1], 'objective_before': 0.,
+    rows = pd.DataFrame({'source': [3, 5], 'target': [8, 3], 'image': [0, 1],
+                         'objective_before': 0.,
                          'wide_before': [3, 9], 'wide_after': [8, 5]})
     table = one_row_each([('noise', rows), ('thesis', rows[:1])])
     assert table.columns.tolist() == ['source', 'target', 'image', 'none_wide', 'noise_wide']
@@ -104,7 +107,8 @@ def test_the_smallest_radius_of_a_judge_that_compares_two_halves():
     itself = SimpleNamespace(posterior=lambda x: Posterior(Normal(x.flatten(1), 1.), None),
                              decode=lambda code: code.view(-1, 1, 1, 2))
     x = torch.tensor([[.6, .5], [.7, .4], [.95, .05]]).view(3, 1, 1, 2)
-    asked = any_loses(itself, 3*[halves], [preset('attack.judge_untargeted', steps=6)], halves, x, None,
+    asked = any_loses(itself, 3*[halves], [preset('attack.judge_untargeted', steps=6)], halves, x,
+                      None,
                       torch.zeros(3, dtype=torch.long))
     rung = lowest_rung(asked, 3, ladder())
     best = [(ladder() >= r).nonzero().max().item() for r in (.05, .15)]
@@ -114,7 +118,8 @@ def test_the_smallest_radius_of_a_judge_that_compares_two_halves():
 def test_both_measures_name_whole_presets_the_draw_and_all_attacks_that_count(tmp_path):
     study = preset('study.rehearsal')
     cells = [c for _, c in lost_cells(study, tmp_path)]
-    assert {c.options['draw'] for c in cells} == {confirm.DRAW} and {c.measure for c in cells} == {'lost'}
+    assert {c.options['draw'] for c in cells} == {confirm.DRAW}
+    assert {c.measure for c in cells} == {'lost'}
     radii = [c for _, c in radius_cells(study, tmp_path, draw=5)]
     assert len(radii) == 2 and all(c.options['draw'] == 5 for c in radii)
     assert [p['steps'] for p in radii[0].options['attacks']] == [1, 1]
@@ -124,7 +129,8 @@ def test_the_arms_are_those_of_the_protocol():
     arms = {a: preset(f'mnist.arm_{a}') for a in 'abcde'}
     assert {a: (p.n_c or 0, p.steps) for a, p in arms.items()} == {
         'a': (10, 40_000), 'b': (10, 60_000), 'c': (0, 40_000), 'd': (10, 60_000), 'e': (0, 60_000)}
-    assert {p.schedule for p in arms.values()} == {'warm'} and {p.batch for p in arms.values()} == {64}
+    assert {p.schedule for p in arms.values()} == {'warm'}
+    assert {p.batch for p in arms.values()} == {64}
     assert [(arms[a].C_z, arms[a].C_steps, arms[a].gamma) for a in 'acde'] == [
         (5, 25_000, 30), (7.3, 25_000, 30), (19, 50_000, 30), (21.3, 50_000, 30)]
     studies = {a: preset(f'study.arm_{a}') for a in 'abcde'}
@@ -137,14 +143,16 @@ def test_the_arms_are_those_of_the_protocol():
 def test_six_tests_are_corrected_together():
     rng = np.random.default_rng(2)
     arms = {m for pair in CONTRASTS.values() for m in pair}
-    rates = pd.concat([seen(rng, m, s, .1 if m == 'arm_a' else .6) for m in sorted(arms) for s in range(3)])
+    rates = pd.concat([seen(rng, m, s, .1 if m == 'arm_a' else .6) for m in sorted(arms)
+                       for s in range(3)])
     rungs = pd.concat([FRAME.assign(model=m, seed=s, kept=True, rung=rng.integers(20, 30, 90))
                        for m in sorted(arms) for s in range(3)])
     found = six_tests(rates, rungs, n=400)
     assert len(found) == 6 and (found.p_holm >= found.p).all() and (found.p_holm <= 6*found.p).all()
     assert found.estimate[0] < -30 and found.estimate[2] > 30
     ratios = found[found.measure == 'radius']
-    assert ((ratios.low < ratios.estimate) & (ratios.estimate < ratios.high)).all() and (ratios.low > 0).all()
+    assert ((ratios.low < ratios.estimate) & (ratios.estimate < ratios.high)).all()
+    assert (ratios.low > 0).all()
 
 
 def test_an_image_that_is_never_lost_has_an_infinite_radius():
