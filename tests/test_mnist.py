@@ -1,10 +1,9 @@
 import json, math
-from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from torch.distributions import Normal, OneHotCategorical
 
-from vae_robust import mnist, studies
+from vae_robust import studies
 from vae_robust.data import ImageData
 from vae_robust.vae import Posterior
 from vae_robust.mnist import (beside, matrix, mean_of, portrait, report, results, summary, tables,
