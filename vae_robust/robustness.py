@@ -4,13 +4,14 @@ r"""Of the images whose reconstruction was right before the attack, which share 
 
 # %% auto #0
 __all__ = ['NETWORKS', 'PORTION', 'lenet', 'wide', 'normed', 'strided', 'Residual', 'residual', 'Classified', 'cross_entropy',
-           'shifted', 'shifted_cross_entropy', 'train_judge', 'pretrained_judge', 'judged', 'agreement', 'pairs', 'cut',
-           'counts', 'wilson', 'rates', 'mean_rate', 'reconstruct', 'Pairs', 'attacked', 'rows_of', 'trial', 'verdicts',
-           'exchange_rates', 'evaluate', 'kept', 'together', 'tally', 'bootstrap_weights', 'bootstrap', 'interval',
-           'welch', 't_interval', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window', 'ssim', 'jacobians',
-           'spectrum', 'stays_within', 'margins', 'worst', 'transfer', 'in_training_mode', 'stochastic',
-           'without_slope', 'left_the_ball', 'not_converged', 'not_monotone', 'no_better_than_noise', 'blind_is_better',
-           'beats', 'hidden_by_code', 'knowing', 'masked_by_code', 'diagnose']
+           'shifted', 'shifted_cross_entropy', 'judge_optimiser', 'train_judge', 'pretrained_judge', 'judged',
+           'agreement', 'pairs', 'cut', 'counts', 'wilson', 'rates', 'mean_rate', 'reconstruct', 'Pairs', 'attacked',
+           'rows_of', 'trial', 'verdicts', 'exchange_rates', 'evaluate', 'kept', 'together', 'tally',
+           'bootstrap_weights', 'bootstrap', 'interval', 'welch', 't_interval', 'against_radius', 'auddc',
+           'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum', 'stays_within', 'margins', 'worst',
+           'transfer', 'in_training_mode', 'stochastic', 'without_slope', 'left_the_ball', 'not_converged',
+           'not_monotone', 'no_better_than_noise', 'blind_is_better', 'beats', 'hidden_by_code', 'knowing',
+           'masked_by_code', 'diagnose']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
 import math
@@ -25,29 +26,37 @@ from torch.optim import SGD, Adam
 from .attacks import BALLS, attack, features, has_code, norm, objective_of
 from .data import load, pixels
 from .settings import preset, preset as preset_of
-from .training import WEIGHTS, cosine, fit, identity, keep_memory, load_weights, one_thread, save_weights, shipped
+from .training import (WEIGHTS, cosine, fit, identity, keep_memory, load_weights,
+                                 one_thread, save_weights, shipped)
 
 # %% ../nbs/13_robustness.ipynb #1521711a
 def lenet(classes=10):
     "The thesis's judge: images (B, 1, 32, 32) to logits (B, classes)."
-    return nn.Sequential(nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(500, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, classes))
+    see = [nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU(),
+           nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU()]
+    decide = [nn.Linear(500, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, classes)]
+    return nn.Sequential(*see, nn.Flatten(), *decide)
 
 # %% ../nbs/13_robustness.ipynb #29808072
 def wide(classes=10):
     "LeNet's plan with 32 and 64 filters: images (B, 1, 32, 32) to logits (B, classes)."
-    return nn.Sequential(nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(1600, 128), nn.ReLU(), nn.Dropout(), nn.Linear(128, classes))
+    see = [nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),
+           nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU()]
+    decide = [nn.Linear(1600, 128), nn.ReLU(), nn.Dropout(), nn.Linear(128, classes)]
+    return nn.Sequential(*see, nn.Flatten(), *decide)
 
 # %% ../nbs/13_robustness.ipynb #a90b7612
 def normed(i, o, kernel, stride=1):
-    "A convolution of `i` to `o` channels with batch normalisation, which keeps the side or divides it by `stride`."
-    return nn.Sequential(nn.Conv2d(i, o, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(o))
+    """A convolution of `i` to `o` channels with batch normalisation, which keeps the side or
+    divides it by `stride`."""
+    convolution = nn.Conv2d(i, o, kernel, stride, kernel//2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(o))
 
 # %% ../nbs/13_robustness.ipynb #188d2140
 def strided(classes=10):
     "Convolutions alone: images (B, 1, 32, 32) to logits (B, classes)."
-    blocks = [m for i, o, kernel in ((1, 32, 5), (32, 64, 3), (64, 128, 3)) for m in (normed(i, o, kernel, 2), nn.ReLU())]
+    sizes = (1, 32, 5), (32, 64, 3), (64, 128, 3)
+    blocks = [m for i, o, kernel in sizes for m in (normed(i, o, kernel, 2), nn.ReLU())]
     return nn.Sequential(*blocks, nn.Flatten(), nn.Dropout(.3), nn.Linear(128*4*4, classes))
 
 # %% ../nbs/13_robustness.ipynb #76c4fd54
@@ -61,15 +70,17 @@ class Residual(nn.Module):
 # %% ../nbs/13_robustness.ipynb #59458613
 def residual(classes=10):
     "Residual blocks and an average over positions: images (B, 1, 32, 32) to logits (B, classes)."
-    return nn.Sequential(normed(1, 24, 5, 2), nn.ReLU(), Residual(24), normed(24, 48, 3, 2), nn.ReLU(), Residual(48), normed(48, 96, 3, 2), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
+    blocks = [normed(1, 24, 5, 2), nn.ReLU(), Residual(24),
+              normed(24, 48, 3, 2), nn.ReLU(), Residual(48), normed(48, 96, 3, 2), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
 
 # %% ../nbs/13_robustness.ipynb #5228ad39
 NETWORKS = {'lenet': lenet, 'wide': wide, 'strided': strided, 'residual': residual}
 
 # %% ../nbs/13_robustness.ipynb #1a8f0fdf
 class Classified(NamedTuple):
-    "What a judge's objective says of a batch: cross-entropy in nats and the share of right answers."
+    """What a judge's objective says of a batch: cross-entropy in nats and the share of right
+    answers."""
     loss: Tensor
     accuracy: Tensor
 
@@ -82,7 +93,8 @@ def cross_entropy(model, batch, step=0):
 
 # %% ../nbs/13_robustness.ipynb #456b7841
 def shifted(x, by=2):
-    "Images x (B, C, H, W), all moved by one random offset of up to `by` pixels in each direction; what comes in is black."
+    """Images x (B, C, H, W), all moved by one random offset of up to `by` pixels in each
+    direction; what comes in is black."""
     dy, dx = torch.randint(0, 2*by + 1, (2,)).tolist()
     return F.pad(x, [by]*4)[..., dy:dy + x.shape[-2], dx:dx + x.shape[-1]]
 
@@ -92,49 +104,70 @@ def shifted_cross_entropy(model, batch, step=0):
     return cross_entropy(model, (shifted(batch[0]), batch[1]), step)
 
 # %% ../nbs/13_robustness.ipynb #3f76678a
+def judge_optimiser(preset):
+    """The optimiser that a `JudgePreset` asks for, parameters to `torch.optim.Optimizer`, and its
+    schedule."""
+    if preset.optimiser == 'sgd': return partial(SGD, lr=preset.lr, momentum=preset.momentum), None
+    return partial(Adam, lr=preset.lr, fused=True), cosine
+
+# %% ../nbs/13_robustness.ipynb #511faf40
 def train_judge(preset, folder, seed=0, progress=True):
-    "The classifier of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if `folder` holds it finished."
-    with torch.random.fork_rng(): torch.manual_seed(seed); judge = NETWORKS[preset.network]()
+    """The classifier of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if `folder`
+    holds it finished."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        judge = NETWORKS[preset.network]()
     settings, path = identity(preset, seed), Path(folder)/'weights.safetensors'
     if path.exists(): return load_weights(path, judge, settings).eval()
-    optimiser = {'sgd': partial(SGD, lr=preset.lr, momentum=preset.momentum), 'adam': partial(Adam, lr=preset.lr, fused=True)}[preset.optimiser]
+    objective = shifted_cross_entropy if preset.shift else cross_entropy
+    data, (optimiser, schedule) = tuple(load(preset.data)), judge_optimiser(preset)
     keep_memory()
     with one_thread():
-        fit(judge.to(memory_format=torch.channels_last), shifted_cross_entropy if preset.shift else cross_entropy, tuple(load(preset.data)),
-            preset.steps, preset.batch, optimiser, cosine if preset.optimiser == 'adam' else None, seed, folder=folder, settings=settings, desc='judge', progress=progress)
+        fit(judge.to(memory_format=torch.channels_last), objective, data, preset.steps,
+            preset.batch, optimiser, schedule, seed, folder=folder, settings=settings, desc='judge',
+            progress=progress)
     save_weights(path, judge, settings)
     (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
     return judge.eval()
 
 # %% ../nbs/13_robustness.ipynb #3cb63b57
 def pretrained_judge(name, seed=0, source=WEIGHTS):
-    "The shipped judge 'judge/wide', 'judge/strided' or 'judge/residual' in eval mode; errors as in `training.pretrained`."
+    """The shipped judge 'judge/wide', 'judge/strided' or 'judge/residual' in eval mode; errors as
+    in `training.pretrained`."""
     p = preset(name.replace('/', '.'))
-    return load_weights(shipped(name, seed, source, identity(p, seed)), NETWORKS[p.network]()).eval()
+    path = shipped(name, seed, source, identity(p, seed))
+    return load_weights(path, NETWORKS[p.network]()).eval()
 
 # %% ../nbs/13_robustness.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000):
-    "The classes (B,) that the judge sees in images x, in eval mode; with `dropout` its dropout is on, and nothing else, as the thesis's programs had it."
+    """The classes (B,) that the judge sees in images x, in eval mode; with `dropout` its dropout
+    is on, and nothing else, as the thesis's programs had it."""
     judge.eval()
-    if dropout: [m.train() for m in judge.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
-    with torch.no_grad(): classes = torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
+    for m in judge.modules() if dropout else ():
+        if isinstance(m, (nn.Dropout, nn.Dropout2d)):
+            m.train()
+    with torch.no_grad():
+        classes = torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
     judge.eval()
     return classes
 
 # %% ../nbs/13_robustness.ipynb #a6a6af62
 def agreement(judges, x):
-    "How often two of `judges`, {name: judge}, see the same class in images x, in percent: a data frame, 100 on its diagonal."
+    """How often two of `judges`, {name: judge}, see the same class in images x, in percent: a data
+    frame, 100 on its diagonal."""
     seen = {name: judged(j, x) for name, j in judges.items()}
-    return pd.DataFrame({a: {b: 100*(seen[a] == seen[b]).float().mean().item() for b in seen} for a in seen})
+    same = lambda a, b: 100*(seen[a] == seen[b]).float().mean().item()
+    return pd.DataFrame({a: {b: same(a, b) for b in seen} for a in seen})
 
 # %% ../nbs/13_robustness.ipynb #4ed37b73
 def pairs(y, n, seed=0):
-    "For labels y, up to `n` (source, target) index pairs for each ordered pair of different classes: int64 (P, 2), in which no source and no target of two classes comes twice."
+    """For labels y, up to `n` (source, target) index pairs for each ordered pair of different
+    classes: int64 (P, 2), in which no source and no target of two classes comes twice."""
     rng, out = np.random.default_rng(seed), []
     where = {int(k): np.flatnonzero(y == k) for k in y.unique()}
-    for s in where:
-        for t in where:
-            if s != t: out.append(np.stack([a[:n] for a in cut(rng.permutation(where[s]), rng.permutation(where[t]))], 1))
+    for s, t in ((s, t) for s in where for t in where if s != t):
+        zipped = cut(rng.permutation(where[s]), rng.permutation(where[t]))
+        out.append(np.stack([a[:n] for a in zipped], 1))
     return torch.tensor(np.concatenate(out))
 
 # %% ../nbs/13_robustness.ipynb #b5415b37
@@ -145,45 +178,54 @@ def cut(a, b):
 
 # %% ../nbs/13_robustness.ipynb #69319fe5
 def counts(source, target, before, after):
-    """For each (source, target) class pair: `kept`, pairs whose source was reconstructed right (`before` == source), and of those `missed`,
-    reconstructed as another class under attack, and `hit`, as the target. Four int tensors (P,) to a data frame."""
-    rows = pd.DataFrame({'source': source, 'target': target, 'kept': before == source, 'missed': after != source, 'hit': after == target}).astype(int)
+    """For each (source, target) class pair: `kept`, pairs whose source was reconstructed right
+    (`before` == source), and of those `missed`, reconstructed as another class under attack, and
+    `hit`, as the target. Four int tensors (P,) to a data frame."""
+    outcomes = {'kept': before == source, 'missed': after != source, 'hit': after == target}
+    rows = pd.DataFrame({'source': source, 'target': target} | outcomes).astype(int)
     rows[['missed', 'hit']] = rows[['missed', 'hit']].mul(rows.kept, axis=0)
     return rows.groupby(['source', 'target'], as_index=False).sum()
 
 # %% ../nbs/13_robustness.ipynb #c3d5aa60
 def wilson(k, n, level=.95):
-    "Wilson's interval (13.2) for the rate behind `k` successes in `n` trials: (low, high); (0, 1) if n = 0."
+    """Wilson's interval (13.2) for the rate behind `k` successes in `n` trials: (low, high); (0,
+    1) if n = 0."""
     return tuple(binomtest(int(k), int(n)).proportion_ci(level, 'wilson')) if n else (0., 1.)
 
 # %% ../nbs/13_robustness.ipynb #a652ebba
 def rates(table):
-    "The table of `counts` with both rates of (13.1) in percent, `as_ignore`, `as_target`, and the ends of their Wilson intervals."
-    table = table.copy()
+    """The table of `counts` with both rates of (13.1) in percent, `as_ignore`, `as_target`, and
+    the ends of their Wilson intervals."""
+    table, n = table.copy(), table.kept
     for name, k in (('as_ignore', table.missed), ('as_target', table.hit)):
-        ends = 100*np.array([wilson(*kn) for kn in zip(k, table.kept)]).reshape(-1, 2)
-        table[name], table[f'{name}_low'], table[f'{name}_high'] = 100*k/table.kept.where(table.kept > 0), *ends.T
+        ends = 100*np.array([wilson(*kn) for kn in zip(k, n)]).reshape(-1, 2)
+        table[name] = 100*k/n.where(n > 0)
+        table[f'{name}_low'], table[f'{name}_high'] = ends.T
     return table
 
 # %% ../nbs/13_robustness.ipynb #f74d4d6e
 def mean_rate(k, n, z=1.96):
-    "Mean over class pairs of the rates k/n in percent, and the ends of its normal interval over the draw of images; empty cells left out."
-    k, n = np.array(k, float)[np.array(n) > 0], np.array(n, float)[np.array(n) > 0]
+    """Mean over class pairs of the rates k/n in percent, and the ends of its normal interval over
+    the draw of images; empty cells left out."""
+    k, n = (np.array(a, float)[np.array(n) > 0] for a in (k, n))
     p = (k + 1)/(n + 2)
     half = z*np.sqrt((p*(1 - p)/n).sum())/len(n)
     mean = (k/n).mean()
     return tuple(100*np.clip([mean, mean - half, mean + half], 0, 1))
 
 # %% ../nbs/13_robustness.ipynb #452b2792
+@torch.no_grad()
 def reconstruct(model, x, sample=False, batch=1000):
-    "Reconstructions (B, ...) of images x from the most likely code, or with the categorical sampled (mean of z either way)."
+    """Reconstructions (B, ...) of images x from the most likely code, or with the categorical
+    sampled (mean of z either way)."""
     def code(q):
         return torch.cat([q.z.mean, q.c.sample()], -1) if sample and q.c is not None else q.mode
-    with torch.no_grad(): return torch.cat([model.decode(code(model.posterior(b))) for b in x.split(batch)])
+    return torch.cat([model.decode(code(model.posterior(b))) for b in x.split(batch)])
 
 # %% ../nbs/13_robustness.ipynb #8d619d5a
 class Pairs(NamedTuple):
-    "Pairs under attack: `index` (P, 2) of source and target in the test set, their classes `y` (P, 2), sources `x`, what the attack `found`."
+    """Pairs under attack: `index` (P, 2) of source and target in the test set, their classes `y`
+    (P, 2), sources `x`, what the attack `found`."""
     index: Tensor
     y: Tensor
     x: Tensor
@@ -191,14 +233,16 @@ class Pairs(NamedTuple):
 
 # %% ../nbs/13_robustness.ipynb #157196b4
 def attacked(model, judge, preset, test, seed=0, desc='attack', progress=True, index=None):
-    """`Pairs`: an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`, or those of `index`, (P, 2).
-    `judge`: for an objective that needs one."""
+    """`Pairs`: an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of
+    `test`, or those of `index`, (P, 2). `judge`: for an objective that needs one."""
     index = pairs(test.y, preset.pairs, seed) if index is None else index
     x, x_t = pixels(test.x[index]).unbind(1)
     keep_memory()
-    with one_thread():                                    # the same bytes on any number of cores, and no slower on small networks
-        found = attack(model, x, None if preset.goal == 'away' else x_t, preset, seed=seed, desc=desc, progress=progress, judge=judge,
-                       lam=exchange_rates(model, x, x_t, preset) if preset.relative else None)
+    with one_thread():  # the same bytes on any number of cores, and no slower on small networks
+        lam = exchange_rates(model, x, x_t, preset) if preset.relative else None
+        x_t = None if preset.goal == 'away' else x_t
+        found = attack(model, x, x_t, preset, seed=seed, desc=desc, progress=progress, judge=judge,
+                       lam=lam)
     return Pairs(index, test.y[index], x, found)
 
 # %% ../nbs/13_robustness.ipynb #6ba14c21
@@ -211,34 +255,47 @@ def rows_of(run, model, judges, preset, seed=0):
     return pd.DataFrame({k: v.numpy() for k, v in rows.items()})
 
 # %% ../nbs/13_robustness.ipynb #f40b002f
-PORTION = 5000                                            # pairs whose images are in memory at the same time
+PORTION = 5000  # pairs whose images are in memory at the same time
 
 def trial(model, judges, preset, test, seed=0, desc='attack', progress=True):
-    """An `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`: a data frame with a row per pair and columns
-    source, target (classes), image, aim (their indices in `test`), objective_before, objective_after, l2, linf (distances that the image moved)
-    and for each name in `judges` name_before and name_after, the class of the reconstruction. An objective that needs a judge gets the first."""
+    """An `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`: a
+    data frame with a row per pair and columns source, target (classes), image, aim (their indices
+    in `test`), objective_before, objective_after, l2, linf (distances that the image moved) and
+    for each name in `judges` name_before and name_after, the class of the reconstruction. An
+    objective that needs a judge gets the first."""
     portions = pairs(test.y, preset.pairs, seed).split(PORTION)
-    label = lambda i: f'{desc} {i + 1}/{len(portions)}' if len(portions) > 1 else desc
-    runs = (attacked(model, next(iter(judges.values())), preset, test, seed + i, label(i), progress, p) for i, p in enumerate(portions))
-    return pd.concat([rows_of(r, model, judges, preset, seed + i) for i, r in enumerate(runs)], ignore_index=True)
+    first, rows = next(iter(judges.values())), []
+    for i, index in enumerate(portions):
+        label = f'{desc} {i + 1}/{len(portions)}' if len(portions) > 1 else desc
+        run = attacked(model, first, preset, test, seed + i, label, progress, index)
+        rows.append(rows_of(run, model, judges, preset, seed + i))
+    return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/13_robustness.ipynb #fdad8f61
 def verdicts(model, judges, preset, images, seed=0):
-    "What judges see in the reconstructions of images: {judge_when: classes (B,)} for `judges` by name and `images` by when."
+    """What judges see in the reconstructions of images: {judge_when: classes (B,)} for `judges` by
+    name and `images` by when."""
+    seen = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        rebuilt = ((when, reconstruct(model, x, preset.sample)) for when, x in images.items())
-        return {f'{name}_{when}': judged(judge, x, preset.dropout) for when, x in rebuilt for name, judge in judges.items()}
+        for when, x in images.items():
+            rebuilt = reconstruct(model, x, preset.sample)
+            seen |= {f'{name}_{when}': judged(judge, rebuilt, preset.dropout)
+                     for name, judge in judges.items()}
+    return seen
 
 # %% ../nbs/13_robustness.ipynb #013ef585
+@torch.no_grad()
 def exchange_rates(model, x, x_t, preset):
     "Weights of the pixel norm for each pair of images, (B,), by (13.3), for `preset.lam` = lambda."
-    with torch.no_grad(): J = torch.cat([objective_of(preset, model, a, t)(a) for a, t in zip(x.split(1000), x_t.split(1000))])
+    parts = zip(x.split(1000), x_t.split(1000))
+    J = torch.cat([objective_of(preset, model, a, t)(a) for a, t in parts])
     return preset.lam*J/(x_t - x).flatten(1).norm(dim=1)
 
 # %% ../nbs/13_robustness.ipynb #6162af90
 def evaluate(model, judge, preset, test, seed=0, desc='attack', progress=True):
-    "`counts` of an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`, as `judge` sees them."
+    """`counts` of an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of
+    `test`, as `judge` sees them."""
     rows = trial(model, {'judge': judge}, preset, test, seed, desc, progress)
     return counts(rows.source, rows.target, rows.judge_before, rows.judge_after)
 
@@ -256,17 +313,21 @@ def together(trials, judge):
 def tally(rows, judge, mask=True):
     "`counts` of a `trial` as `judge` sees it, of its own kept pairs that are also in `mask`."
     mine = rows[kept(rows, judge) & mask]
-    return counts(*(mine[c].values for c in ('source', 'target', f'{judge}_before', f'{judge}_after')))
+    columns = 'source', 'target', f'{judge}_before', f'{judge}_after'
+    return counts(*(mine[c].values for c in columns))
 
 # %% ../nbs/13_robustness.ipynb #68485103
 def bootstrap_weights(k, n, rng, size=()):
-    "`n` x `size` draws of `k` - 1 out of `k` clusters with replacement, (13.4), as weights that sum to one: (n, *size, k). One cluster: always it."
-    return rng.multinomial(k - 1, [1/k]*k, size=(n, *size))/(k - 1) if k > 1 else np.ones((n, *size, 1))
+    """`n` x `size` draws of `k` - 1 out of `k` clusters with replacement, (13.4), as weights that
+    sum to one: (n, *size, k). One cluster: always it."""
+    if k == 1: return np.ones((n, *size, 1))
+    return rng.multinomial(k - 1, [1/k]*k, size=(n, *size))/(k - 1)
 
 # %% ../nbs/13_robustness.ipynb #bb191884
 def bootstrap(rates, classes=True, n=4000, seed=0):
-    """Mean rates of models, (M,), and `n` bootstrap samples of them, (n, M), from `rates` (M, S, K) of M models with S seeds on K source classes. Seeds are
-    drawn for each model, classes for all together or, with `classes` False, kept as they are."""
+    """Mean rates of models, (M,), and `n` bootstrap samples of them, (n, M), from `rates` (M, S,
+    K) of M models with S seeds on K source classes. Seeds are drawn for each model, classes for
+    all together or, with `classes` False, kept as they are."""
     rates, rng = np.asarray(rates, float), np.random.default_rng(seed)
     M, S, K = rates.shape
     seeds = bootstrap_weights(S, n, rng, (M,))
@@ -280,26 +341,35 @@ def interval(samples, level=.95):
 
 # %% ../nbs/13_robustness.ipynb #2e76779d
 def welch(a, b, level=.95):
-    "Mean of `a` minus mean of `b` (one number per seed each), the ends of Welch's interval, and the p-value of no difference."
+    """Mean of `a` minus mean of `b` (one number per seed each), the ends of Welch's interval, and
+    the p-value of no difference."""
     t = ttest_ind(a, b, equal_var=False)
     return np.mean(a) - np.mean(b), *t.confidence_interval(level), t.pvalue
 
 # %% ../nbs/13_robustness.ipynb #b7e3c037
 def t_interval(values, level=.95):
-    "Mean of `values` (S,), one per seed, and the ends of Student's interval for it; NaN with fewer than two."
+    """Mean of `values` (S,), one per seed, and the ends of Student's interval for it; NaN with
+    fewer than two."""
     values, n = np.asarray(values, float), len(values)
     half = student.ppf((1 + level)/2, n - 1)*values.std(ddof=1)/n**.5 if n > 1 else math.nan
     return values.mean(), values.mean() - half, values.mean() + half
 
 # %% ../nbs/13_robustness.ipynb #9f240bee
 def against_radius(model, judge, preset, test, radii, seed=0):
-    "Both rates (mean over class pairs, percent) of an `AttackPreset` with each of `radii` for eps: a data frame eps, as_ignore, as_target."
-    found = [evaluate(model, judge, preset.model_copy(update={'eps': e}), test, seed, progress=False) for e in radii]
-    return pd.DataFrame([{'eps': e, 'as_ignore': mean_rate(c.missed, c.kept)[0], 'as_target': mean_rate(c.hit, c.kept)[0]} for e, c in zip(radii, found)])
+    """Both rates (mean over class pairs, percent) of an `AttackPreset` with each of `radii` for
+    eps: a data frame eps, as_ignore, as_target."""
+    rows = []
+    for eps in radii:
+        p = preset.model_copy(update={'eps': eps})
+        c = evaluate(model, judge, p, test, seed, progress=False)
+        missed, hit = (mean_rate(k, c.kept)[0] for k in (c.missed, c.hit))
+        rows.append({'eps': eps, 'as_ignore': missed, 'as_target': hit})
+    return pd.DataFrame(rows)
 
 # %% ../nbs/13_robustness.ipynb #80afab36
 def auddc(u, v):
-    "Area under the falling curve through (0, 1), the points (13.5) `u`, `v` (T,) of attacks of several sizes, and (1, 0); in [0, 1], low = easy."
+    """Area under the falling curve through (0, 1), the points (13.5) `u`, `v` (T,) of attacks of
+    several sizes, and (1, 0); in [0, 1], low = easy."""
     u, v = (np.concatenate([[a], np.clip(b, 0, 1), [1 - a]]) for a, b in ((0., u), (1., v)))
     order = np.argsort(u, kind='stable')
     return np.trapezoid(np.minimum.accumulate(v[order]), u[order])
@@ -314,10 +384,11 @@ def distortions(model, x, x_t, xs):
 # %% ../nbs/13_robustness.ipynb #740952ab
 def auddcs(model, preset, test, radii, seed=0):
     "The area `auddc` of each pair, (P,), under an `AttackPreset` with each of `radii` for eps."
-    runs = [attacked(model, None, preset.model_copy(update={'eps': e}), test, seed, progress=False) for e in radii]
+    sized = [preset.model_copy(update={'eps': e}) for e in radii]
+    runs = [attacked(model, None, p, test, seed, progress=False) for p in sized]
     x_t = pixels(test.x[runs[0].index[:, 1]])
-    uv = np.stack([torch.stack(distortions(model, r.x, x_t, r.found.x)).numpy() for r in runs], -1)
-    return np.array([auddc(*pair) for pair in uv.transpose(1, 0, 2)])
+    uv = [torch.stack(distortions(model, r.x, x_t, r.found.x)).numpy() for r in runs]
+    return np.array([auddc(*pair) for pair in np.stack(uv, -1).transpose(1, 0, 2)])
 
 # %% ../nbs/13_robustness.ipynb #5ce54b5f
 def window(width=11, sigma=1.5):
@@ -327,7 +398,8 @@ def window(width=11, sigma=1.5):
 
 # %% ../nbs/13_robustness.ipynb #ea28a5c2
 def ssim(a, b):
-    "Structural similarity (13.6) of images a and b (B, C, H, W) with grey values in [0, 1]: (B,), in [-1, 1]. Whole windows only: H, W >= 11."
+    """Structural similarity (13.6) of images a and b (B, C, H, W) with grey values in [0, 1]:
+    (B,), in [-1, 1]. Whole windows only: H, W >= 11."""
     smooth = lambda x: F.conv2d(x.flatten(0, 1).unsqueeze(1), window().to(x))
     (ma, mb), c1, c2 = (smooth(a), smooth(b)), .01**2, .03**2
     va, vb, cov = smooth(a*a) - ma*ma, smooth(b*b) - mb*mb, smooth(a*b) - ma*mb
@@ -341,29 +413,36 @@ def jacobians(phi, x):
 
 # %% ../nbs/13_robustness.ipynb #fba93ab7
 def spectrum(phi, x):
-    "Singular values of the `jacobians`, largest first: (B, min(F, pixels)); features per grey value, in Euclidean norms."
+    """Singular values of the `jacobians`, largest first: (B, min(F, pixels)); features per grey
+    value, in Euclidean norms."""
     return torch.linalg.svdvals(jacobians(phi, x))
 
 # %% ../nbs/13_robustness.ipynb #8a40ad21
+@torch.no_grad()
 def stays_within(model, x, r, n=200):
-    "The probability that a code drawn from q(z|x), c at its mode, is decoded within `r` (Euclidean) of the reconstruction, from `n` draws: (B,)."
-    with torch.no_grad():
-        q, own, near = model.posterior(x), model(x), 0
-        rest = q.mode[:, q.z.mean.shape[1]:]
-        for _ in range(n): near = near + (norm(model.decode(torch.cat([q.z.sample(), rest], -1)) - own) <= r)
+    """The probability that a code drawn from q(z|x), c at its mode, is decoded within `r`
+    (Euclidean) of the reconstruction, from `n` draws: (B,)."""
+    q, own, near = model.posterior(x), model(x), 0
+    rest = q.mode[:, q.z.mean.shape[1]:]
+    for _ in range(n):
+        drawn = torch.cat([q.z.sample(), rest], -1)
+        near = near + (norm(model.decode(drawn) - own) <= r)
     return near/n
 
 # %% ../nbs/13_robustness.ipynb #c37d0ff3
 def margins(model, x, p):
-    """The radii (13.7) up to which images x are r-robust to first order, for p (B,) as `stays_within` gives it: R and its lower bound; < 0 if p < .5.
-    p is cut to [.001, .999], so that R is at most 3.09 divided by the largest singular value in (13.7)."""
+    """The radii (13.7) up to which images x are r-robust to first order, for p (B,) as
+    `stays_within` gives it: R and its lower bound; < 0 if p < .5. p is cut to [.001, .999], so
+    that R is at most 3.09 divided by the largest singular value in (13.7)."""
     J, sd = jacobians(features(model, 'means'), x), model.posterior(x).z.stddev.detach()
     z = torch.as_tensor(gaussian.ppf(p.clamp(1e-3, 1 - 1e-3)), dtype=x.dtype)
-    return z/torch.linalg.matrix_norm(J/sd[..., None], 2), z*sd.amin(1)/torch.linalg.matrix_norm(J)
+    R = z/torch.linalg.matrix_norm(J/sd[..., None], 2)
+    return R, z*sd.amin(1)/torch.linalg.matrix_norm(J)
 
 # %% ../nbs/13_robustness.ipynb #5b85942c
 def worst(trials, judge):
-    "Several `trial`s of the same pairs as one, in which a pair counts as missed if it is in any of them, and as hit likewise."
+    """Several `trial`s of the same pairs as one, in which a pair counts as missed if it is in any
+    of them, and as hit likewise."""
     target = trials[0].target.values
     after = np.stack([t[f'{judge}_after'] for t in trials])
     lost, hit = after != trials[0].source.values, after == target
@@ -372,83 +451,112 @@ def worst(trials, judge):
 
 # %% ../nbs/13_robustness.ipynb #34d24976
 def transfer(models, judge, preset, test, seed=0):
-    """AS_ignore-target in percent (mean over class pairs that all models keep) of images made for one model (rows) and shown to another
-    (columns), for `models` {name: model}: a data frame."""
-    made = {m: attacked(model, judge, preset, test, seed, progress=False) for m, model in models.items()}
+    """AS_ignore-target in percent (mean over class pairs that all models keep) of images made for
+    one model (rows) and shown to another (columns), for `models` {name: model}: a data frame."""
+    made = {m: attacked(model, judge, preset, test, seed, progress=False)
+            for m, model in models.items()}
     index, y, x, _ = next(iter(made.values()))
     seen = lambda model, a: judged(judge, reconstruct(model, a))
-    all_keep = torch.stack([seen(model, x) == y[:, 0] for model in models.values()]).all(0)
-    rate = lambda p, model: (lambda c: mean_rate(c.missed, c.kept)[0])(counts(*y[all_keep].T, y[all_keep][:, 0], seen(model, p.found.x)[all_keep]))
-    return pd.DataFrame({n: {m: rate(p, model) for m, p in made.items()} for n, model in models.items()})
+    mask = torch.stack([seen(model, x) == y[:, 0] for model in models.values()]).all(0)
+    source, target = y[mask].T
+    def rate(images, model):
+        c = counts(source, target, source, seen(model, images)[mask])
+        return mean_rate(c.missed, c.kept)[0]
+    shown = lambda model: {m: rate(p.found.x, model) for m, p in made.items()}
+    return pd.DataFrame({m: shown(model) for m, model in models.items()})
 
 # %% ../nbs/13_robustness.ipynb #09fa13b7
 def in_training_mode(*modules):
     "A module in training mode is another function at each call."
     names = [type(m).__name__ for m in modules if getattr(m, 'training', False)]
-    return f'{names[0]} is in training mode: its answers are random, and failures of the attack may be bad luck.' if names else ''
+    if not names: return ''
+    return (f'{names[0]} is in training mode: its answers are random, and failures of the '
+            'attack may be bad luck.')
 
 # %% ../nbs/13_robustness.ipynb #e5689ac9
 def stochastic(model, judge, x):
     "An output that differs between two calls makes a success a matter of chance."
     one, two = (judge(model(x)) for _ in range(2))
-    return '' if torch.equal(one, two) else 'Two calls give two answers: average over the randomness, or switch it off, before judging an attack.'
+    if torch.equal(one, two): return ''
+    return ('Two calls give two answers: average over the randomness, or switch it off, before '
+            'judging an attack.')
 
 # %% ../nbs/13_robustness.ipynb #a23e573f
 def without_slope(found, share=.05):
     "Where gradients are zero or not finite an attack stands still, and looks like a robust model."
     stuck = ((found.zeros + found.nans) > found.evaluations/2).float().mean().item()
-    return f'{100*stuck:.0f} % of the images have no usable gradient in most steps: use another objective, a random start, or attack.square.' if stuck > share else ''
+    if stuck <= share: return ''
+    return (f'{100*stuck:.0f} % of the images have no usable gradient in most steps: '
+            'use another objective, a random start, or attack.square.')
 
 # %% ../nbs/13_robustness.ipynb #61b09aca
 def left_the_ball(xs, x, preset):
     "A point outside ball or box is no adversarial example."
-    out = ((BALLS[preset.ball].size(xs - x) > preset.eps*(1 + 1e-5) + 1e-6) | (xs.flatten(1).amin(1) < 0) | (xs.flatten(1).amax(1) > 1)).sum().item()
-    return f'{out} images are outside the ball or the box: project after the last step.' if out else ''
+    far = BALLS[preset.ball].size(xs - x) > preset.eps*(1 + 1e-5) + 1e-6
+    out = (far | (xs.flatten(1).amin(1) < 0) | (xs.flatten(1).amax(1) > 1)).sum().item()
+    if not out: return ''
+    return f'{out} images are outside the ball or the box: project after the last step.'
 
 # %% ../nbs/13_robustness.ipynb #649e9462
 def not_converged(rate, doubled, by=.5):
     "If twice the steps succeed more often, in points, the rate says how many steps were taken."
-    return f'Doubling the steps raises the rate from {rate:.1f} to {doubled:.1f} %: take more steps.' if doubled - rate > by else ''
+    if not doubled - rate > by: return ''
+    return (f'Doubling the steps raises the rate from {rate:.1f} to {doubled:.1f} %: '
+            'take more steps.')
 
 # %% ../nbs/13_robustness.ipynb #643bc54a
 def not_monotone(radii, rates, by=1.):
-    "A larger ball contains the smaller one, so a lower rate (by more than `by` points) means that the attack got worse."
-    if len(rates) < 2: return ''
-    fall, at = max((a - b, i) for i, (a, b) in enumerate(zip(rates, rates[1:])))
-    return f'The rate falls by {fall:.1f} points from eps {radii[at]:g} to {radii[at + 1]:g}: the step size or the number of steps does not fit.' if fall > by else ''
+    """A larger ball contains the smaller one, so a lower rate (by more than `by` points) means
+    that the attack got worse."""
+    falls = [(a - b, i) for i, (a, b) in enumerate(zip(rates, rates[1:]))]
+    fall, at = max(falls, default=(0, 0))
+    if not fall > by: return ''
+    return (f'The rate falls by {fall:.1f} points from eps {radii[at]:g} to {radii[at + 1]:g}: '
+            'the step size or the number of steps does not fit.')
 
 # %% ../nbs/13_robustness.ipynb #26365562
 def no_better_than_noise(rate, noise, by=2.):
     "An attack that beats noise of its own size by less than `by` points has found nothing."
-    return f'The attack reaches {rate:.1f} % and noise of the same size {noise:.1f} %: the gradient is of no use.' if rate - noise < by else ''
+    if not rate - noise < by: return ''
+    return (f'The attack reaches {rate:.1f} % and noise of the same size {noise:.1f} %: '
+            'the gradient is of no use.')
 
 # %% ../nbs/13_robustness.ipynb #1d562994
 def blind_is_better(rate, blind, by=1.):
-    "Random search that beats the gradient by more than `by` points says that the gradient misleads."
-    return f'The square attack reaches {blind:.1f} %, with gradients it is {rate:.1f} %: the gradients are masked.' if blind - rate > by else ''
+    """Random search that beats the gradient by more than `by` points says that the gradient
+    misleads."""
+    if not blind - rate > by: return ''
+    return (f'The square attack reaches {blind:.1f} %, with gradients it is {rate:.1f} %: '
+            'the gradients are masked.')
 
 # %% ../nbs/13_robustness.ipynb #8ea78dac
 def beats(one, other, by=5.):
-    """Whether attack `one` breaks over `by` points more of the same pairs than the `other`, and more than luck would: McNemar's exact test
-    at 5 %. Booleans (N,)."""
+    """Whether attack `one` breaks over `by` points more of the same pairs than the `other`, and
+    more than luck would: McNemar's exact test at 5 %. Booleans (N,)."""
     more, less = int((one & ~other).sum()), int((other & ~one).sum())
     return 100*(more - less) > by*len(one) and binomtest(more, more + less).pvalue < .05
 
+# %% ../nbs/13_robustness.ipynb #cd5b976b
 def hidden_by_code(missed, known, carried):
-    "An attack that knows the discrete code and `beats` this one says that the categorical hides the way. Booleans (N,), one per pair."
+    """An attack that knows the discrete code and `beats` this one says that the categorical hides
+    the way. Booleans (N,), one per pair."""
     if not (beats(known, missed) or beats(carried, missed)): return ''
     return (f'The categorical masks the gradient: the attack reaches {100*missed.mean():.1f} %, '
-            f'with codes forced it is {100*known.mean():.1f} %, images of attack.latent_code reach {100*carried.mean():.1f} %.')
+            f'with codes forced it is {100*known.mean():.1f} %, images of attack.latent_code reach '
+            f'{100*carried.mean():.1f} %.')
 
 # %% ../nbs/13_robustness.ipynb #d35ccc31
 def knowing(preset, K):
     "An `AttackPreset` with codes forced; each of the other `K` - 1 if it has no target."
     away = preset.goal == 'away'
     keys = dict(forced=True, soften=1., anneal=False, select='code' if away else 'hard')
-    return preset.model_copy(update=keys | dict(restarts=max(preset.restarts, K - 1 if away else 1)))
+    keys |= dict(restarts=max(preset.restarts, K - 1 if away else 1))
+    return preset.model_copy(update=keys)
 
+# %% ../nbs/13_robustness.ipynb #0eaf81e6
 def masked_by_code(model, judge, preset, test, seed=0):
-    "What `hidden_by_code` says of an `AttackPreset` on `model`: nothing, if that has no categorical."
+    """What `hidden_by_code` says of an `AttackPreset` on `model`: nothing, if that has no
+    categorical."""
     x = pixels(test.x[:1])
     if not has_code(model, x): return ''
     K = model.posterior(x).c.logits.shape[-1]
@@ -460,15 +568,19 @@ def masked_by_code(model, judge, preset, test, seed=0):
 
 # %% ../nbs/13_robustness.ipynb #2435d624
 def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
-    """What looks wrong with an `AttackPreset` on `model`: a list of sentences, empty if nothing does. `radii`: of the monotonicity check."""
+    """What looks wrong with an `AttackPreset` on `model`: a list of sentences, empty if nothing
+    does. `radii`: of the monotonicity check."""
     rules = [in_training_mode(model, judge)]
-    if rules[0]: return rules                                                  # nothing else means anything then
+    if rules[0]: return rules  # nothing else means anything then
     def rate(**kw):
         c = evaluate(model, judge, preset.model_copy(update=kw), test, seed, progress=False)
         return mean_rate(c.missed, c.kept)[0]
     run, own = attacked(model, judge, preset, test, seed, progress=False), rate()
-    rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found), left_the_ball(run.found.x, run.x, preset)]
-    rules += [not_converged(own, rate(steps=2*preset.steps)), not_monotone(radii, [rate(eps=e) for e in radii])]
-    rules += [no_better_than_noise(own, rate(steps=0, noise=1.)), blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps))]
-    rules += [masked_by_code(model, judge, preset, test, seed)]
+    rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found),
+              left_the_ball(run.found.x, run.x, preset),
+              not_converged(own, rate(steps=2*preset.steps)),
+              not_monotone(radii, [rate(eps=e) for e in radii]),
+              no_better_than_noise(own, rate(steps=0, noise=1.)),
+              blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps)),
+              masked_by_code(model, judge, preset, test, seed)]
     return [r for r in rules if r]
