@@ -15,8 +15,8 @@ from .robustness import bootstrap_weights
 
 # %% ../nbs/27_crossed.ipynb #f719cc62
 def pair_weights(images, classes, n, rng):
-    """`n` draws of source images within their classes, as weights of pairs, (n, P). `images`, `classes`: of
-    each pair's source, (P,). Pairs that share their source share its weight."""
+    """`n` draws of source images within their classes, as weights of pairs, (n, P). `images`,
+    `classes`: of each pair's source, (P,). Pairs that share their source share its weight."""
     images, classes = np.asarray(images), np.asarray(classes)
     w = np.empty((n, len(images)))
     for c in np.unique(classes):
@@ -27,8 +27,9 @@ def pair_weights(images, classes, n, rng):
 
 # %% ../nbs/27_crossed.ipynb #03b17373
 def rate_differences(a, b, classes):
-    """(27.2) before its average over models, as a function of the weights w (n, P): (n, I, J). `a`, `b`: of
-    each arm (kept, lost), boolean (I, P) and (J, P). A class without a pair that counts is left out."""
+    """(27.2) before its average over models, as a function of the weights w (n, P): (n, I, J).
+    `a`, `b`: of each arm (kept, lost), boolean (I, P) and (J, P). A class without a pair that
+    counts is left out."""
     (kept_a, lost_a), (kept_b, lost_b) = (np.asarray(arm, float) for arm in (a, b))
     count = kept_a[:, None]*kept_b
     differ = count*(lost_a[:, None] - lost_b)
@@ -41,7 +42,8 @@ def rate_differences(a, b, classes):
 
 # %% ../nbs/27_crossed.ipynb #d9d5dd05
 def weighted_median(values, w):
-    "The median of values (P,) under each of the weights w (n, P), (n,); between two of them, their mean."
+    """The median of values (P,) under each of the weights w (n, P), (n,); between two of them,
+    their mean."""
     order = np.argsort(values)
     sorted_, below = np.asarray(values)[order], w[:, order].cumsum(1)
     half = below[:, -1:]/2
@@ -50,7 +52,8 @@ def weighted_median(values, w):
 
 # %% ../nbs/27_crossed.ipynb #c2ac5706
 def class_medians(values, kept, classes, w):
-    "`weighted_median` of each model's kept pairs, classes weighing the same: values, kept (I, P) to (n, I)."
+    """`weighted_median` of each model's kept pairs, classes weighing the same: values, kept (I,
+    P) to (n, I)."""
     def of(v, k):
         mine = w*k
         sizes = np.stack([mine[:, classes == c].sum(1) for c in np.unique(classes)], 1)
@@ -67,15 +70,16 @@ def median_differences(a, b, classes):
 
 # %% ../nbs/27_crossed.ipynb #7aecca26
 class Crossed(NamedTuple):
-    "An `estimate` and `draws` of it, (n,), with the spread of (27.3): `factor` times that of the raw ones."
+    """An `estimate` and `draws` of it, (n,), with the spread of (27.3): `factor` times that of
+    the raw ones."""
     estimate: float
     draws: np.ndarray
     factor: float
 
 # %% ../nbs/27_crossed.ipynb #313bc0c1
 def crossed_bootstrap(differences, images, classes, n=10_000, seed=0, part=1000):
-    """`Crossed`: seeds of both arms and source images drawn at once. `differences`: weights (n, P) to
-    (n, I, J), of models i and j; `images`, `classes`: of each pair's source, (P,)."""
+    """`Crossed`: seeds of both arms and source images drawn at once. `differences`: weights (n,
+    P) to (n, I, J), of models i and j; `images`, `classes`: of each pair's source, (P,)."""
     rng, one = np.random.default_rng(seed), np.ones((1, len(classes)))
     still = differences(one)[0]
     a, b = (bootstrap_weights(k, n, rng) for k in still.shape)
@@ -103,13 +107,15 @@ def ends(draws, level=.95):
 
 # %% ../nbs/27_crossed.ipynb #1bd031ab
 def two_sided(draws):
-    "The p-value of no difference: twice the share of draws on the other side of zero, at least 1/(n + 1)."
+    """The p-value of no difference: twice the share of draws on the other side of zero, at least
+    1/(n + 1)."""
     least = min((draws <= 0).sum(), (draws >= 0).sum())
     return min(1., 2*(least + 1)/(len(draws) + 1))
 
 # %% ../nbs/27_crossed.ipynb #efc6a3b6
 def holm(p):
-    "p-values (n,), corrected by Holm's steps: the least times n, the next times n - 1, ..., never falling."
+    """p-values (n,), corrected by Holm's steps: the least times n, the next times n - 1, ...,
+    never falling."""
     p = np.asarray(p, float)
     order = np.argsort(p)
     steps = np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1))
@@ -117,8 +123,8 @@ def holm(p):
 
 # %% ../nbs/27_crossed.ipynb #cc0413a3
 def in_words(estimate, p, low, high, matters, band):
-    """'differs' if p < 0.05 and |estimate| >= `matters`; else 'the same' if [low, high], the 90 % interval,
-    lies within +-`band`; else 'undecided', also if a number is not finite."""
+    """'differs' if p < 0.05 and |estimate| >= `matters`; else 'the same' if [low, high], the 90
+    % interval, lies within +-`band`; else 'undecided', also if a number is not finite."""
     if not np.isfinite([estimate, p, low, high]).all(): return 'undecided'
     if p < .05 and abs(estimate) >= matters: return 'differs'
     return 'the same' if -band <= low and high <= band else 'undecided'
