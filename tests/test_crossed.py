@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from vae_robust.crossed import (class_medians, crossed_bootstrap, ends, holm, in_words,
-                                median_differences,
-                                pair_weights, rate_differences, spread, two_sided, weighted_median,
-                                widening)
+from vae_robust.crossed import class_medians, crossed_bootstrap, holm, in_words
+from vae_robust.crossed import median_differences, pair_weights, rate_differences, spread
+from vae_robust.crossed import two_sided, weighted_median, widening
+from vae_robust.robustness import interval
 
 
 def arms(rng, n=(6, 5), m=60, sigma=(.1, .4, .2), shift=0.):
@@ -77,7 +77,7 @@ def test_images_are_the_same_for_both_arms():
     "What an image does to both arms must not move the estimate."
     quiet, loud = (arms(np.random.default_rng(3), sigma=(.1, s, 0)) for s in (0, 9))
     of = lambda a: crossed_bootstrap(rate_differences(*a, CLASSES), np.arange(60), CLASSES, 500)
-    assert np.isclose(*(np.ptp(ends(of(a).draws)) for a in (quiet, loud)))
+    assert np.isclose(*(np.ptp(interval(of(a).draws)) for a in (quiet, loud)))
 
 
 def test_with_one_image_for_all_it_is_a_bootstrap_of_seeds_that_agrees_with_students_test():
@@ -88,7 +88,7 @@ def test_with_one_image_for_all_it_is_a_bootstrap_of_seeds_that_agrees_with_stud
     assert np.isclose(found.factor, widening(18))
     low, high = ttest_ind(a, b).confidence_interval(.95)
     assert np.isclose(found.estimate, a.mean() - b.mean())
-    assert np.allclose(ends(found.draws), [low.item(), high.item()], atol=.1)
+    assert np.allclose(interval(found.draws), [low.item(), high.item()], atol=.1)
 
 
 def test_the_same_seed_gives_the_same_draws_in_parts_of_any_size():

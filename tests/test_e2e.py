@@ -33,7 +33,7 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab of our own: private configuration, copies of the two notebooks,
     smoke mode, loopback only."""
     home = tmp_path_factory.mktemp('lab')
-    for name in ('11_traversals', '12_attacks'):
+    for name in ('25_explorer', '12_attacks'):
         shutil.copy(ROOT/'nbs'/f'{name}.ipynb', home)
     settings = {'notebook-extension/tracker': {'windowingMode': 'none'},
                 'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}
@@ -149,7 +149,7 @@ def opened(browser, lab):
 
 
 def test_latent_explorer(opened):
-    explorer = opened('11_traversals')
+    explorer = opened('25_explorer')
     page = explorer.page
     top = explorer.box.locator('.widget-hslider').nth(1)
     label, handle = top.locator('.widget-label').inner_text(), top.locator('.noUi-handle')

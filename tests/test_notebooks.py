@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
 
-from test_style import NOT_YET, too_long
+from test_style import too_long
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -15,7 +15,6 @@ def code(nb):
     return [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
 
 RANK = {'sweep': 13.1, 'studies': 13.2}  # appendices that stand under chapters 14 to 18
-SHOWN = {'explorer'}  # widgets, which import the chapter that shows them in a cell without export
 
 def text(nb):
     return '\n'.join(c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown')
@@ -66,8 +65,7 @@ def test_notebooks_are_clean(exported):
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_cells_are_small(nb):
-    found = [c for c in too_long(code(nb)) if not c.startswith('longest')]  # see test_style
-    assert found == [] or f'nbs/{nb.name}' in NOT_YET
+    assert [c for c in too_long(code(nb)) if not c.startswith('longest')] == []  # see test_style
 
 
 def defined(cell):
@@ -117,9 +115,7 @@ def test_one_module_per_notebook_with_imports_from_lower_numbers_only(nb):
     used = re.findall(r'from vae_robust\.(\w+) import', source)
     for line in re.findall(r'from vae_robust import (.+)', source):
         used += re.findall(r'\w+', line)
-    above = {m for m in used if numbers[m] >= numbers[nb.stem[3:]]}
-    exported = '\n'.join(c for c in code(nb) if c.startswith('#| export'))
-    assert above <= SHOWN and not [m for m in above if f'vae_robust.{m}' in exported]
+    assert [m for m in used if numbers[m] >= numbers[nb.stem[3:]]] == []
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)

@@ -113,8 +113,7 @@ class Softened:
     "`model` as an attack may read it: the categorical's logits divided by `T`, all else as it is."
     def __init__(self, model, T):
         self.model, self.T = model, T
-    def __getattr__(self, name):
-        return getattr(self.model, name)
+    def __getattr__(self, name): return getattr(self.model, name)
     def encode(self, x):
         mu, lv, l = self.model.encode(x)
         return mu, lv, l/self.T
@@ -133,6 +132,7 @@ def euclidean(a, b):
     "||a - b||, (B,)."
     return norm(a - b)
 
+# %% ../nbs/12_attacks.ipynb #af70df80
 def squared(a, b):
     "||a - b||^2, (B,)."
     return (a - b).square().flatten(1).sum(1)
@@ -149,6 +149,7 @@ def reverse(q, p):
     "D_KL(p||q), (B,)."
     return divergence(p, q)
 
+# %% ../nbs/12_attacks.ipynb #3bdcd36f
 def symmetric(q, p):
     "D_KL(q||p) + D_KL(p||q), (B,)."
     return divergence(q, p) + divergence(p, q)
@@ -204,6 +205,7 @@ def opposite(objective):
     "x' -> -`objective`(x')."
     return lambda xs: -objective(xs)
 
+# %% ../nbs/12_attacks.ipynb #af6526d5
 def penalised(objective, x, lam):
     """`objective` plus lam * ||x' - x||, as in (12.5); `lam`: a number or one per image, (B,)."""
     if isinstance(lam, (int, float)) and lam == 0: return objective
@@ -332,6 +334,7 @@ def decoded(preset, model, *task):
     `task`: x, x_t, judge, make."""
     return hard(preset.model_copy(update={'objective': 'output'}), model, *task[:2])
 
+# %% ../nbs/12_attacks.ipynb #98bc8c45
 SELECT = {'hard': hard, 'code': another_code, 'decoded': decoded}
 
 # %% ../nbs/12_attacks.ipynb #264303fd
@@ -369,6 +372,7 @@ def has_code(model, x):
     "Whether `model` has a categorical."
     return hasattr(model, 'posterior') and getattr(model.posterior(x[:1]), 'c', None) is not None
 
+# %% ../nbs/12_attacks.ipynb #6fc543d5
 def wanted(preset, model, x, x_t):
     "The codes that an `AttackPreset` forces, one-hot, one for each of its restarts."
     if preset.goal == 'target': return [most_likely(model.posterior(x_t).c.logits)]*preset.restarts
@@ -423,6 +427,7 @@ class Ball(NamedTuple):
     size: Callable
     steepest: Callable
 
+# %% ../nbs/12_attacks.ipynb #74aa3866
 BALLS = {'linf': Ball(project, lambda d: d.abs().flatten(1).amax(1), torch.sign),
          'l2': Ball(project_l2, norm, lambda g: g/bcast(norm(g).clamp(min=1e-12), g))}
 
@@ -516,9 +521,8 @@ def adam(loss, start, x, eps, steps, step, accumulate=False, best=False, ball='l
 
 # %% ../nbs/12_attacks.ipynb #d149c30b
 def descend(loss, start, x, eps, steps, step, direction, ball='linf'):
-    """`steps` of descent on `loss`, images (B, ...) to (B,), from `start` along -`direction`(g),
-    where g are gradients of mean size one; by `step`*`eps`, which decays to 0 along half a cosine.
-    Of all iterates the best for each image."""
+    """Of `steps` iterates from `start` the best for each image: down `loss`, (B, ...) to (B,), along
+    -`direction`(g), g of mean size one, by `step`*`eps`, which decays to 0 along half a cosine."""
     f, project = watched(loss), BALLS[ball].project
     xs = project(start, x, eps)
     for i in range(steps + 1):
@@ -857,10 +861,9 @@ def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=Tru
     by an `AttackPreset`; `Attacked`.
 
     `model`: a `VAE`, or a function from images to what is attacked: a tensor, a distribution, a
-    `Posterior`. `judge`: images (or features) to scores (B, K), for objectives that need one.
-    `eps`, `lam`: one number per image, (B,), instead of the preset's. `make`: an objective of your
-    own, a function like those in `OBJECTIVES`. `trace`: keep the values (with the pixel norm) of
-    all evaluations, NaN after an early stop. Raises `AttackError` with one sentence."""
+    `Posterior`. `judge`: images (or features) to scores (B, K), where one is needed. `eps`, `lam`:
+    one number per image, (B,), instead of the preset's. `make`: your own kind of `OBJECTIVES`.
+    `trace`: keep all values (with the pixel norm), NaN after a stop. Raises `AttackError`."""
     check_pairs(x, x_t)
     check_models(model, judge)
     check_task(preset, x_t, judge, eps)
@@ -889,9 +892,8 @@ class Smallest(NamedTuple):
 
 # %% ../nbs/12_attacks.ipynb #4ef24ba0
 def bisect(run, criterion, fails, holds, halvings=8):
-    """Values (B,) between `fails` and `holds` at which `criterion`, images to booleans (B,), just
-    holds for `run(values)`, and those images; NaN where it does not even hold at `holds`. Assumes
-    that it turns once in between."""
+    """Values (B,) between `fails` and `holds` at which `criterion`, images to booleans (B,), just holds
+    for `run(values)`, and those images; NaN where not even `holds` does. It is to turn once."""
     best = run(holds)
     reached = criterion(best)
     for _ in range(halvings):

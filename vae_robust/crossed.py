@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['pair_weights', 'rate_differences', 'weighted_median', 'class_medians', 'median_differences', 'Crossed',
-           'crossed_bootstrap', 'spread', 'widening', 'ends', 'two_sided', 'holm', 'in_words']
+           'crossed_bootstrap', 'spread', 'widening', 'two_sided', 'holm', 'in_words']
 
 # %% ../nbs/27_crossed.ipynb #5e059268
 from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm as normal
 from scipy.stats import t as student
-from .robustness import bootstrap_weights
+from .robustness import bootstrap_weights, interval
 
 # %% ../nbs/27_crossed.ipynb #f719cc62
 def pair_weights(images, classes, n, rng):
@@ -99,11 +99,6 @@ def spread(v1, v2, v12):
 def widening(df, level=.95):
     "Student's quantile with `df` degrees of freedom over the normal one."
     return student.ppf((1 + level)/2, df)/normal.ppf((1 + level)/2)
-
-# %% ../nbs/27_crossed.ipynb #dffd34f9
-def ends(draws, level=.95):
-    "The middle `level` of draws: (low, high)."
-    return tuple(np.quantile(draws, [(1 - level)/2, (1 + level)/2]))
 
 # %% ../nbs/27_crossed.ipynb #1bd031ab
 def two_sided(draws):

@@ -47,8 +47,7 @@ def wide(classes=10):
 
 # %% ../nbs/13_robustness.ipynb #a90b7612
 def normed(i, o, kernel, stride=1):
-    """A convolution of `i` to `o` channels with batch normalisation, which keeps the side or
-    divides it by `stride`."""
+    "A convolution of `i` to `o` channels, batch-normalised; the side is divided by `stride`."
     convolution = nn.Conv2d(i, o, kernel, stride, kernel//2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(o))
 
@@ -79,8 +78,7 @@ NETWORKS = {'lenet': lenet, 'wide': wide, 'strided': strided, 'residual': residu
 
 # %% ../nbs/13_robustness.ipynb #1a8f0fdf
 class Classified(NamedTuple):
-    """What a judge's objective says of a batch: cross-entropy in nats and the share of right
-    answers."""
+    "Of a judge's answers to a batch: cross-entropy in nats, and the share that is right."
     loss: Tensor
     accuracy: Tensor
 
@@ -93,8 +91,7 @@ def cross_entropy(model, batch, step=0):
 
 # %% ../nbs/13_robustness.ipynb #456b7841
 def shifted(x, by=2):
-    """Images x (B, C, H, W), all moved by one random offset of up to `by` pixels in each
-    direction; what comes in is black."""
+    "Images x (B, C, H, W), all moved by one random offset of up to `by` pixels; black comes in."
     dy, dx = torch.randint(0, 2*by + 1, (2,)).tolist()
     return F.pad(x, [by]*4)[..., dy:dy + x.shape[-2], dx:dx + x.shape[-1]]
 
@@ -105,8 +102,7 @@ def shifted_cross_entropy(model, batch, step=0):
 
 # %% ../nbs/13_robustness.ipynb #3f76678a
 def judge_optimiser(preset):
-    """The optimiser that a `JudgePreset` asks for, parameters to `torch.optim.Optimizer`, and its
-    schedule."""
+    "The optimiser of a `JudgePreset`, a function of the parameters, and its schedule."
     if preset.optimiser == 'sgd': return partial(SGD, lr=preset.lr, momentum=preset.momentum), None
     return partial(Adam, lr=preset.lr, fused=True), cosine
 
@@ -153,8 +149,7 @@ def judged(judge, x, dropout=False, batch=1000):
 
 # %% ../nbs/13_robustness.ipynb #a6a6af62
 def agreement(judges, x):
-    """How often two of `judges`, {name: judge}, see the same class in images x, in percent: a data
-    frame, 100 on its diagonal."""
+    "How often two of `judges`, {name: judge}, see one class in images x, in percent: a data frame."
     seen = {name: judged(j, x) for name, j in judges.items()}
     same = lambda a, b: 100*(seen[a] == seen[b]).float().mean().item()
     return pd.DataFrame({a: {b: same(a, b) for b in seen} for a in seen})
@@ -294,8 +289,7 @@ def exchange_rates(model, x, x_t, preset):
 
 # %% ../nbs/13_robustness.ipynb #6162af90
 def evaluate(model, judge, preset, test, seed=0, desc='attack', progress=True):
-    """`counts` of an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of
-    `test`, as `judge` sees them."""
+    "`counts`, as `judge` sees them, of an `AttackPreset` on `model`: those of its `trial`."
     rows = trial(model, {'judge': judge}, preset, test, seed, desc, progress)
     return counts(rows.source, rows.target, rows.judge_before, rows.judge_after)
 
@@ -318,8 +312,7 @@ def tally(rows, judge, mask=True):
 
 # %% ../nbs/13_robustness.ipynb #68485103
 def bootstrap_weights(k, n, rng, size=()):
-    """`n` x `size` draws of `k` - 1 out of `k` clusters with replacement, (13.4), as weights that
-    sum to one: (n, *size, k). One cluster: always it."""
+    "`n` x `size` draws (13.4) of `k` - 1 of `k` clusters, as weights of sum one: (n, *size, k)."
     if k == 1: return np.ones((n, *size, 1))
     return rng.multinomial(k - 1, [1/k]*k, size=(n, *size))/(k - 1)
 
@@ -341,15 +334,13 @@ def interval(samples, level=.95):
 
 # %% ../nbs/13_robustness.ipynb #2e76779d
 def welch(a, b, level=.95):
-    """Mean of `a` minus mean of `b` (one number per seed each), the ends of Welch's interval, and
-    the p-value of no difference."""
+    "Mean of `a` minus mean of `b`, one number per seed, Welch's interval (two ends) and p-value."
     t = ttest_ind(a, b, equal_var=False)
     return np.mean(a) - np.mean(b), *t.confidence_interval(level), t.pvalue
 
 # %% ../nbs/13_robustness.ipynb #b7e3c037
 def t_interval(values, level=.95):
-    """Mean of `values` (S,), one per seed, and the ends of Student's interval for it; NaN with
-    fewer than two."""
+    "Mean of `values` (S,), one per seed, and the ends of Student's interval; NaN with one seed."
     values, n = np.asarray(values, float), len(values)
     half = student.ppf((1 + level)/2, n - 1)*values.std(ddof=1)/n**.5 if n > 1 else math.nan
     return values.mean(), values.mean() - half, values.mean() + half
@@ -470,8 +461,7 @@ def in_training_mode(*modules):
     "A module in training mode is another function at each call."
     names = [type(m).__name__ for m in modules if getattr(m, 'training', False)]
     if not names: return ''
-    return (f'{names[0]} is in training mode: its answers are random, and failures of the '
-            'attack may be bad luck.')
+    return f'{names[0]} is in training mode: its answers, and failures of the attack, may be luck.'
 
 # %% ../nbs/13_robustness.ipynb #e5689ac9
 def stochastic(model, judge, x):
