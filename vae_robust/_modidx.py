@@ -620,6 +620,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'vae_robust.robustness.masked_by_code': ( 'robustness.html#masked_by_code',
                                                                                  'vae_robust/robustness.py'),
                                        'vae_robust.robustness.mean_rate': ('robustness.html#mean_rate', 'vae_robust/robustness.py'),
+                                       'vae_robust.robustness.missed_by': ('robustness.html#missed_by', 'vae_robust/robustness.py'),
                                        'vae_robust.robustness.no_better_than_noise': ( 'robustness.html#no_better_than_noise',
                                                                                        'vae_robust/robustness.py'),
                                        'vae_robust.robustness.normed': ('robustness.html#normed', 'vae_robust/robustness.py'),

@@ -10,7 +10,7 @@ __all__ = ['NETWORKS', 'PORTION', 'lenet', 'wide', 'normed', 'strided', 'Residua
            'bootstrap_weights', 'bootstrap', 'interval', 'welch', 't_interval', 'against_radius', 'auddc',
            'distortions', 'auddcs', 'window', 'ssim', 'jacobians', 'spectrum', 'stays_within', 'margins', 'worst',
            'transfer', 'in_training_mode', 'stochastic', 'without_slope', 'left_the_ball', 'not_converged',
-           'not_monotone', 'no_better_than_noise', 'blind_is_better', 'beats', 'hidden_by_code', 'knowing',
+           'not_monotone', 'no_better_than_noise', 'blind_is_better', 'beats', 'hidden_by_code', 'knowing', 'missed_by',
            'masked_by_code', 'diagnose']
 
 # %% ../nbs/13_robustness.ipynb #fc165ab9
@@ -543,18 +543,22 @@ def knowing(preset, K):
     keys |= dict(restarts=max(preset.restarts, K - 1 if away else 1))
     return preset.model_copy(update=keys)
 
+# %% ../nbs/13_robustness.ipynb #c3a90d51
+def missed_by(model, judge, preset, test, seed=0):
+    "Which of the pairs that count are missed under an `AttackPreset`: boolean (N,)."
+    rows = trial(model, {'judge': judge}, preset, test, seed, progress=False)
+    return (rows.judge_after != rows.source)[kept(rows, 'judge')].to_numpy()
+
 # %% ../nbs/13_robustness.ipynb #0eaf81e6
-def masked_by_code(model, judge, preset, test, seed=0):
+def masked_by_code(model, judge, preset, test, seed=0, carried=None):
     """What `hidden_by_code` says of an `AttackPreset` on `model`: nothing, if that has no
-    categorical."""
+    categorical. `carried`: what `missed_by` says of attack.latent_code, if that is known."""
     x = pixels(test.x[:1])
     if not has_code(model, x): return ''
-    K = model.posterior(x).c.logits.shape[-1]
+    knows = knowing(preset, model.posterior(x).c.logits.shape[-1])
     latent = preset_of('attack.latent_code', eps=preset.eps, pairs=preset.pairs)
-    def missed(p):
-        rows = trial(model, {'judge': judge}, p, test, seed, progress=False)
-        return (rows.judge_after != rows.source)[kept(rows, 'judge')].to_numpy()
-    return hidden_by_code(missed(preset), missed(knowing(preset, K)), missed(latent))
+    missed = partial(missed_by, model, judge, test=test, seed=seed)
+    return hidden_by_code(missed(preset), missed(knows), missed(latent) if carried is None else carried)
 
 # %% ../nbs/13_robustness.ipynb #2435d624
 def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):

@@ -159,7 +159,7 @@ def texts(notebooks):
     "All pages, (file, title, Markdown text or notebook, the folder that its links start from), in order."
     yield 'index.html', 'Start', (root()/'README.md').read_text(), root()
     for f in notebooks: yield f'{f.stem}.html', f.stem.replace('_', ' ', 1), cleaned(nbformat.read(f, 4)), f.parent
-    for f in notebooks: yield f'api_{f.stem[3:]}.html', f'vae_robust.{f.stem[3:]}', reference(f.stem[3:]), root()
+    for f in notebooks: yield f'api_{f.stem[3:]}.html', f'vae_robust.{f.stem[3:]}', reference(f.stem[3:]), f.parent
 
 # %% ../nbs/19_site.ipynb #298497ae
 def html_of(output):
