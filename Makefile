@@ -30,10 +30,10 @@ export: $(READY)
 	$(BIN)/nbdev-clean
 
 lint: export
-	$(BIN)/ruff check nbs tests
+	$(BIN)/ruff check nbs tests tools
 
 site: $(READY)
-	$(BIN)/vae-robust site
+	$(BIN)/python tools/build_site.py
 
 bench: .bench/.ready
 	PYTHONPATH=.bench $(BIN)/python tests/bench.py

@@ -13,9 +13,12 @@ from torch.optim import Adam
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import in_a_process, machine
-from vae_robust.attacks import attack, features, norm, project, verify
+from vae_robust.attacks import attack, verify
+from vae_robust.objectives import features, norm
+from vae_robust.optimisers import project
 from vae_robust.data import load, pixels
-from vae_robust.robustness import PORTION, attacked, pairs, pretrained_judge
+from vae_robust.judges import pretrained_judge
+from vae_robust.robustness import PORTION, attacked, pairs
 from vae_robust.settings import preset, save_table
 from vae_robust.training import forward_dtype, keep_memory, pretrained
 

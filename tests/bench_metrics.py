@@ -1,4 +1,4 @@
-"""Seconds that each metric of chapter 10 takes, its error included,
+"""Seconds that each metric of chapter 11 takes, its error included,
 for 10,000 points with ten latents and the factor sizes of dSprites: `make bench`
 (see README). Each metric and repeat in a process of its own, on one thread and one pinned core;
 medians go to figures/bench_metrics.csv and .md."""
@@ -7,7 +7,7 @@ import sys, time
 import numpy as np, pandas as pd
 
 from bench import in_a_process, machine
-from vae_robust.disentanglement import METRICS, Code
+from vae_robust.metrics import METRICS, Code
 from vae_robust.settings import save_table
 
 N, D, SIZES, REPEATS = 10_000, 10, (3, 6, 40, 32, 32), 3

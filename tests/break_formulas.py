@@ -92,7 +92,7 @@ MUTATIONS = [  # chapter, what stands in one of its cells, what is put there
     ('08', "z.gather(0, torch.rand_like(z).argsort(0))", "z[torch.randperm(len(z))]"),
     ('08', "fixed = {k: p.detach() for k, p in", "fixed = {k: p for k, p in"),
     ('08', "half, other = z.detach().chunk(2)", "half, other = z.chunk(2)"),
-    ('11', "return kl_z.mean(0), kl_c.mean().item()", "return kl_z.sum(0), kl_c.mean().item()"),
+    ('12', "return kl_z.mean(0), kl_c.mean().item()", "return kl_z.sum(0), kl_c.mean().item()"),
 ]
 EXCEPTIONS = {}  # right text -> why no cell can notice
 

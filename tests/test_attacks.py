@@ -8,10 +8,14 @@ from scipy.optimize import brentq, linprog, minimize
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical, kl_divergence
 
-from vae_robust.attacks import (OBJECTIVES, AttackError, Folded, Plan, Softened, Unfolded, Watched, adam, apgd, attack, attack_batch, bisect, checkpoints, codes, cross_entropy, divergence,
-                                expected, latent, lbfgs, log_probs, logits, margin, means, negative_bound, norm, objective_of, penalised, pgd,
-                                project, project_l2, quick, reconstruction, rmsprop, smallest_norm, smallest_radius, squared, value_and_gradient, verify,
-                                wasserstein)
+from vae_robust.attacks import attack, attack_batch, bisect, smallest_norm, smallest_radius, verify
+from vae_robust.discrete import Plan
+from vae_robust.judges import cross_entropy
+from vae_robust.objectives import (OBJECTIVES, AttackError, Softened, codes, divergence, expected,
+                                   latent, log_probs, logits, margin, means, negative_bound, norm,
+                                   objective_of, penalised, reconstruction, squared, wasserstein)
+from vae_robust.optimisers import (Folded, Unfolded, Watched, adam, apgd, checkpoints, lbfgs, pgd,
+                                   project, project_l2, quick, rmsprop, value_and_gradient)
 from vae_robust.settings import SettingsError, preset, read_settings
 from vae_robust.vae import VAE, Posterior, parts
 

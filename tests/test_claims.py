@@ -36,8 +36,8 @@ PLACE = re.compile(r'\{([\w.]+?)(?:\.(low|high))? (-?\d)\}')
 NOT_RESULTS = [  # what the setting is, and not what was found
     'In 2018', 'at most 0.1', r'$\lambda=1$', r'$\lambda=0$', 'its 52 models', '180 pairs', '95 %',
     'Python 3.11', '(1 to 2 minutes', 'about 10 minutes', '1,000 steps', 'all 86,908 pairs',
-    'for 10,000 points', 'CC BY-SA 3.0', '12_attacks', 'Chapter 12', '16_verdict', 'chapter 16',
-    'chapter 14', 'of chapter 10', 'Chapters 25 and 12', '2018']
+    'for 10,000 points', 'CC BY-SA 3.0', '16_attacks', 'Chapter 16', '26_verdict', 'chapter 26',
+    'chapter 23', 'of chapter 11', 'Appendices A5 and A6', '2018']
 
 
 def filled(sentence, table):

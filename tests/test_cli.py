@@ -17,11 +17,11 @@ def test_help_is_worth_reading_and_quick():
     began = time.time()
     done = vae_robust('--help')
     assert done.returncode == 0 and time.time() - began < 10
-    for command in ('data', 'train', 'attack', 'reproduce', 'study', 'site'):
+    for command in ('data', 'train', 'attack', 'reproduce', 'study'):
         assert re.search(rf'^  {command} +\w', done.stdout, re.M)
 
 
-@pytest.mark.parametrize('command', ['data', 'train', 'attack', 'reproduce', 'study', 'site'])
+@pytest.mark.parametrize('command', ['data', 'train', 'attack', 'reproduce', 'study'])
 def test_every_option_says_what_it_is(command):
     text = CliRunner().invoke(app, [command, '--help']).stdout
     for line in re.findall(r'^  (--\w+.*|\w+ +.*)$', text, re.M):
@@ -57,7 +57,7 @@ def test_train_attack_and_resume(tmp_path):
     (('attack', 'mnist.entangled', '--seed', '99'),
      'No weights are shipped for mnist.entangled with seed 99'),
     (('attack', 'faces.entangled', '--judge', 'judge.faces', '--length', 'train.smoke'),
-     'judges see grey images; for faces there is vae_robust.celeba.report'),
+     'judges see grey images; for faces there is vae_robust.experiments.faces.report'),
     (('study', 'study.smoke', '--backend', 'dask'), "There is no backend 'dask'"),
 ])
 def test_mistakes_get_one_sentence_and_status_1(tmp_path, args, words):

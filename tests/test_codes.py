@@ -1,12 +1,15 @@
-"Attackers who know the discrete code: oracles with a known optimum (chapter 12, `When the code hides the way`)."
+"Attackers who know the discrete code: oracles with a known optimum (chapter 15, `When the code hides the way`)."
 import itertools
 from types import SimpleNamespace
 
 import pytest, torch
 from torch.distributions import Normal, OneHotCategorical
 
-from vae_robust.attacks import (FIRST, SLACK, Softened, Watched, WithCode, annealed, another_code, attack, attack_batch, behind, code_first, expected, forced, hard, margin,
-                                most_likely, nearby, pgd, planned, smallest_radius, squared, starts)
+from vae_robust.attacks import attack, attack_batch, smallest_radius, starts
+from vae_robust.discrete import (FIRST, SLACK, WithCode, annealed, another_code, code_first, forced,
+                                 hard, most_likely, nearby, planned)
+from vae_robust.objectives import Softened, behind, expected, margin, squared
+from vae_robust.optimisers import Watched, pgd
 from vae_robust.settings import preset
 from vae_robust.vae import VAE, Posterior
 
@@ -52,7 +55,7 @@ def test_the_smallest_change_that_flips_a_code(optimiser, step, steps):
 
 
 def test_a_forced_code_is_reached_at_the_exact_radius():
-    "The first-order law is exact for a linear encoder: (12.18) reaches the code just above margin/||w_a - w_b||_1 (and the slack), and not below."
+    "The first-order law is exact for a linear encoder: (15.3) reaches the code just above margin/||w_a - w_b||_1 (and the slack), and not below."
     m, x = linear(K=2), torch.full((1, 1, 4, 4), .5)
     l = m.encode(x)[2]
     a = int(l.argmax())

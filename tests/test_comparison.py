@@ -8,12 +8,13 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from scipy import stats
 
-from vae_robust import comparison, data, training
-from vae_robust.comparison import (agreements, best, cells, compare, costs, differences,
+from vae_robust import data, training
+from vae_robust.experiments import comparison
+from vae_robust.experiments.comparison import (agreements, best, cells, compare, costs, differences,
                                    frames, heat, mean_costs, publish, rank_correlations, sample,
                                    save_gif, scores, shipped_models, summary)
 from vae_robust.data import pixels
-from vae_robust.disentanglement import mig, udr
+from vae_robust.metrics import mig, udr
 from vae_robust.settings import preset, read_table, write
 from vae_robust.training import WEIGHTS, build, hashes
 from vae_robust.vae import VAE, Posterior

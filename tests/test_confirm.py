@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
-from vae_robust import confirm
-from vae_robust.confirm import ALL, CONTRASTS, JUDGES, TARGETED, Nearest, any_loses, arm_of
-from vae_robust.confirm import class_rates, is_lost, lost_cells, one_row_each, radii_of
-from vae_robust.confirm import radius_cells, rate_contrast, six_tests, wide_table
+from vae_robust.experiments import confirm
+from vae_robust.experiments.confirm import ALL, CONTRASTS, JUDGES, TARGETED, Nearest, any_loses, arm_of
+from vae_robust.experiments.confirm import class_rates, is_lost, lost_cells, one_row_each, radii_of
+from vae_robust.experiments.confirm import radius_cells, rate_contrast, six_tests, wide_table
 from vae_robust.radius import ladder, lowest_rung
 from vae_robust.settings import preset
 from vae_robust.vae import Posterior

@@ -7,7 +7,7 @@ from scipy.stats import ttest_ind
 from vae_robust.crossed import class_medians, crossed_bootstrap, holm, in_words
 from vae_robust.crossed import median_differences, pair_weights, rate_differences, spread
 from vae_robust.crossed import two_sided, weighted_median, widening
-from vae_robust.robustness import interval
+from vae_robust.statistics import interval
 
 
 def arms(rng, n=(6, 5), m=60, sigma=(.1, .4, .2), shift=0.):

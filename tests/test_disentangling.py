@@ -1,4 +1,4 @@
-"""Chapter 21 against oracles other than the notebook's: numpy, enumeration with plain loops,
+"""Chapter 9 against oracles other than the notebook's: numpy, enumeration with plain loops,
 torch.distributions, finite differences."""
 import itertools
 import math

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vae_robust.site import SiteError, build
+from build_site import SiteError, build
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT/'runs'/'e2e'
@@ -33,7 +33,7 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab of our own: private configuration, copies of the two notebooks,
     smoke mode, loopback only."""
     home = tmp_path_factory.mktemp('lab')
-    for name in ('25_explorer', '12_attacks'):
+    for name in ('A5_explorer', 'A6_play'):
         shutil.copy(ROOT/'nbs'/f'{name}.ipynb', home)
     settings = {'notebook-extension/tracker': {'windowingMode': 'none'},
                 'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}
@@ -149,7 +149,7 @@ def opened(browser, lab):
 
 
 def test_latent_explorer(opened):
-    explorer = opened('25_explorer')
+    explorer = opened('A5_explorer')
     page = explorer.page
     top = explorer.box.locator('.widget-hslider').nth(1)
     label, handle = top.locator('.widget-label').inner_text(), top.locator('.noUi-handle')
@@ -180,7 +180,7 @@ def test_latent_explorer(opened):
 
 
 def test_attack_playground(opened):
-    play = opened('12_attacks')
+    play = opened('A6_play')
     page, run, stop = play.page, play.button('attack'), play.button('stop')
     play.set('steps', 40)
     play.set('λ', 1)
@@ -228,7 +228,7 @@ def test_every_page_of_the_site(browser, site):
         shown = '[...document.images].every(i => i.complete && i.naturalWidth)'
         assert page.evaluate(shown), f.name
     assert [u for u in asked if not u.startswith(('file:', 'data:'))] == []
-    page.goto((site.parent/'12_attacks.html').as_uri() + '#eq-12.5')
+    page.goto((site.parent/'13_objectives.html').as_uri() + '#eq-13.5')
     page.get_by_role('searchbox').fill('radius norm')
     page.locator('#found a', has_text='Smallest').first.wait_for()
     keep(page, 'site')

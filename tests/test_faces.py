@@ -7,8 +7,9 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from scipy.stats import ttest_ind
 
-from vae_robust import celeba as ch15, data, studies
-from vae_robust.attacks import norm
+from vae_robust import data, studies
+from vae_robust.experiments import faces as ch15
+from vae_robust.objectives import norm
 from vae_robust.data import (ATTR, ATTRIBUTES, CARTOON, GROUNDS, PARTITION, PICTURES, DataError,
                              attributes, cartoon, cartoon_attributes, cartoons, celeba_folder,
                              load, pixels, square)
@@ -537,7 +538,7 @@ def test_a_training_on_the_layout_resumes_and_is_reproducible(celeba, tmp_path):
     torch.testing.assert_close(shape(again), shape(two))
 
 
-# ------------------------------------------------------------------ chapter 15
+# ------------------------------------------------------------------ chapter 24
 
 def test_flips_by_hand():
     source, target = torch.tensor([[1, 1, 0, 0, 1]]), torch.tensor([[0, 1, 1, 0, 0]])
@@ -618,7 +619,7 @@ def test_differences_are_welchs():
 
 
 def test_the_notebook_can_send_its_trainings_to_other_processes(tmp_path):
-    chapter = json.loads((Path(__file__).parents[1]/'nbs'/'15_celeba.ipynb').read_text())
+    chapter = json.loads((Path(__file__).parents[1]/'nbs'/'24_faces.ipynb').read_text())
     cells = [c['source'] for c in chapter['cells'] if c['cell_type'] == 'code']
     cells = [''.join(c) for c in cells]
     last = [i for i, c in enumerate(cells) if 'def train_faces(' in c][0]

@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
 
-from test_style import too_long
+from test_style import NOT_YET, too_long
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -14,7 +14,9 @@ names = lambda p: p.stem
 def code(nb):
     return [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
 
-RANK = {'sweep': 13.1, 'studies': 13.2}  # appendices that stand under chapters 14 to 18
+# Where the appendices stand: the settings under everything, the explorer beside the traversals, studies
+# between the library (chapters 1 to 22) and the experiments, the command line on top of all.
+RANK = {'A1': 0, 'A2': 22.1, 'A3': 22.2, 'A4': 22.3, 'A5': 12.1, 'A6': 22.4, 'A7': 99}
 
 def text(nb):
     return '\n'.join(c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown')
@@ -41,7 +43,7 @@ def exported(tmp_path_factory):
     for name in ('nbs', 'vae_robust'):
         leave = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '*.ini', 'weights')
         shutil.copytree(ROOT/name, copy/name, ignore=leave)
-    for f in (copy/'vae_robust').glob('*.py'):
+    for f in (copy/'vae_robust').rglob('*.py'):
         f.name == '__init__.py' or f.unlink()
     shutil.copy(ROOT/'pyproject.toml', copy)
     for tool in ('nbdev_export', 'nbdev_clean'):
@@ -52,7 +54,7 @@ def exported(tmp_path_factory):
 
 
 def test_package_and_notebooks_agree(exported):
-    modules = lambda top: {f.name: f.read_text() for f in (top/'vae_robust').glob('*.py')}
+    modules = lambda top: {f.name: f.read_text() for f in (top/'vae_robust').rglob('*.py')}
     fresh, here = modules(exported), modules(ROOT)
     assert sorted(fresh) == sorted(here)
     assert [f for f in fresh if fresh[f] != here[f]] == [], 'run make export'
@@ -65,6 +67,8 @@ def test_notebooks_are_clean(exported):
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_cells_are_small(nb):
+    if f'nbs/{nb.name}' in NOT_YET:
+        pytest.skip('to be rewritten: see NOT_YET in test_style')
     assert [c for c in too_long(code(nb)) if not c.startswith('longest')] == []  # see test_style
 
 
@@ -97,7 +101,8 @@ def rebound(cells):
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_no_cell_takes_the_name_of_what_the_chapter_exports(nb):
-    "What is exported is called by other functions of the chapter: they would call the cell's number."
+    """What is exported is called by other functions of the chapter: they would call the cell's
+    number."""
     assert rebound(code(nb)) == set()
 
 
@@ -107,15 +112,22 @@ def test_a_name_that_is_taken_is_found():
     assert rebound([export, '[hard for hard in (1, 2)]', 'f = lambda hard: hard']) == set()
 
 
+def rank(module):
+    "The place of a module in the house: what it imports has a lower one."
+    name, = [p.name[:2] for p in NOTEBOOKS if p.stem[3:] == module]
+    return RANK[name] if name in RANK else int(name)
+
+
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_one_module_per_notebook_with_imports_from_lower_numbers_only(nb):
     source = '\n'.join(code(nb))
-    numbers = {p.stem[3:]: int(p.name[:2]) for p in NOTEBOOKS} | RANK
-    assert re.findall(r'^#\| default_exp (\w+)$', source, re.M) == [nb.stem[3:]]
-    used = re.findall(r'from vae_robust\.(\w+) import', source)
-    for line in re.findall(r'from vae_robust import (.+)', source):
+    module, = re.findall(r'^#\| default_exp ([\w.]+)$', source, re.M)
+    assert module.rpartition('.')[2] == nb.stem[3:]
+    used = re.findall(r'from vae_robust\.([\w.]+) import', source)
+    for package, line in re.findall(r'from vae_robust(\.experiments)? import (.+)', source):
         used += re.findall(r'\w+', line)
-    assert [m for m in used if numbers[m] >= numbers[nb.stem[3:]]] == []
+    used = {name.rpartition('.')[2] for name in used} - {'experiments'}
+    assert [m for m in used if rank(m) >= rank(nb.stem[3:])] == []
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)

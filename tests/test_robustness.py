@@ -9,11 +9,17 @@ from torch.distributions import Normal
 
 from vae_robust import robustness
 from vae_robust.data import ImageData, load
-from vae_robust.attacks import logits, means
-from vae_robust.robustness import (against_radius, agreement, auddc, blind_is_better, bootstrap, diagnose, hidden_by_code, in_training_mode, interval, jacobians, kept, knowing, left_the_ball,
-                                   margins, masked_by_code, no_better_than_noise, not_converged, not_monotone, spectrum, ssim, stays_within, stochastic, t_interval, tally, together,
-                                   transfer, welch, without_slope, worst)
-from vae_robust.robustness import NETWORKS, exchange_rates, pretrained_judge, shifted, trial, counts, cut, evaluate, judged, lenet, mean_rate, pairs, rates, reconstruct, train_judge, wilson
+from vae_robust.objectives import logits, means
+from vae_robust.diagnosis import (blind_is_better, diagnose, hidden_by_code, in_training_mode,
+                                  knowing, left_the_ball, masked_by_code, no_better_than_noise,
+                                  not_converged, not_monotone, stochastic, without_slope)
+from vae_robust.judges import agreement
+from vae_robust.robustness import (against_radius, auddc, jacobians, kept, margins, spectrum, ssim,
+                                   stays_within, tally, together, transfer, worst)
+from vae_robust.statistics import bootstrap, interval, t_interval, welch
+from vae_robust.judges import NETWORKS, pretrained_judge, shifted, judged, lenet, train_judge
+from vae_robust.robustness import exchange_rates, trial, counts, cut, evaluate, pairs, rates, reconstruct
+from vae_robust.statistics import mean_rate, wilson
 from vae_robust.settings import preset
 from vae_robust.training import pretrained
 from vae_robust.vae import Posterior
@@ -243,7 +249,7 @@ def test_auddc_by_hand(u, v, area):
 
 
 def slow_ssim(a, b, c1=1e-4, c2=9e-4):
-    "(13.6) one window at a time, with numpy's weighted covariance."
+    "(21.4) one window at a time, with numpy's weighted covariance."
     i = np.arange(11) - 5
     w = np.exp(-(i[:, None]**2 + i**2)/4.5); w /= w.sum()
     def one(y, x):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from vae_robust import explorer as explorer_module
-from vae_robust.attacks import AttackPlayground, attack, coloured, curve, bars
+from vae_robust.attacks import attack
+from vae_robust.play import AttackPlayground, coloured, curve, bars
 from vae_robust.data import load, pixels
 from vae_robust.settings import preset
 from vae_robust.training import pretrained

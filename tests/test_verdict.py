@@ -2,12 +2,13 @@ import numpy as np, pandas as pd, pytest, torch
 
 from torch.distributions import Normal
 
-from vae_robust import mnist, studies, verdict
+from vae_robust import studies
+from vae_robust.experiments import digits, verdict
 from vae_robust.data import ImageData
 from vae_robust.settings import preset, read_table
 from vae_robust.sweep import SweepError
 from vae_robust.vae import Posterior
-from vae_robust.verdict import association, by_seed, compare, dosed, gaps, likeness, partial_rank, publish_doses, publish_study, respond, results, slopes, tidy
+from vae_robust.experiments.verdict import association, by_seed, compare, dosed, gaps, likeness, partial_rank, publish_doses, publish_study, respond, results, slopes, tidy
 
 
 def rows(after, before=(3, 3, 5, 5)):
@@ -75,7 +76,7 @@ def test_slopes_of_a_linear_encoder():
 
 
 def test_a_series_trains_its_models_once_and_tells_them_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(mnist, 'portrait', lambda *a, **kw: {'rec': 1.})
+    monkeypatch.setattr(digits, 'portrait', lambda *a, **kw: {'rec': 1.})
     d = preset('dose.beta', models='digits.entangled', judges='judge.smoke', train='train.smoke', seeds='0, 1', attacks='attack.noise', pairs='1', **{'model.beta': '1, 4'})
     respond(d, tmp_path, jobs=1, progress=False)
     assert len({f.parent.parent for f in tmp_path.rglob('seed*/weights.safetensors')}) == 2
