@@ -1,4 +1,5 @@
-"Attackers who know the discrete code: oracles with a known optimum (chapter 15, `When the code hides the way`)."
+"""Attackers who know the discrete code: oracles with a known optimum (chapter 15, `When the code
+hides the way`)."""
 import itertools
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import pytest, torch
 from torch.distributions import Normal, OneHotCategorical
 
 from vae_robust.attacks import attack, attack_batch, smallest_radius, starts
-from vae_robust.discrete import (FIRST, SLACK, WithCode, annealed, another_code, code_first, forced,
+from vae_robust.discrete import (FIRST, SLACK, WithCode, annealed, another_code, forced,
                                  hard, most_likely, nearby, planned)
 from vae_robust.objectives import Softened, behind, expected, margin, squared
 from vae_robust.optimisers import Watched, pgd
@@ -15,7 +16,8 @@ from vae_robust.vae import VAE, Posterior
 
 
 class Linear(torch.nn.Module):
-    "Images of `n` pixels; means A x, logits W x (in G categoricals of K), a decoder B (z, c). The code is read by the decoder unless B ignores it."
+    """Images of `n` pixels; means A x, logits W x (in G categoricals of K), a decoder B (z, c).
+    The code is read by the decoder unless B ignores it."""
     def __init__(self, A, W, B, b=0.):
         super().__init__()
         self.A, self.W, self.B, self.b = A, W, B, b
@@ -36,12 +38,16 @@ class Linear(torch.nn.Module):
 def linear(n=16, D=2, K=4, G=None, seed=0, scale=1.):
     g = torch.Generator().manual_seed(seed)
     shape = (n, K) if G is None else (n, G, K)
-    return Linear(torch.randn(n, D, generator=g), scale*torch.randn(shape, generator=g), torch.randn(D + K*(G or 1), n, generator=g)).eval()
+    return Linear(torch.randn(n, D, generator=g), scale*torch.randn(shape, generator=g),
+                  torch.randn(D + K*(G or 1), n, generator=g)).eval()
 
 
-@pytest.mark.parametrize('optimiser, step, steps', [('pgd', 1, 60), ('apgd', 2, 100), ('rmsprop', .3, 100), ('lbfgs', 1, 60), ('square', .3, 1000)])
+@pytest.mark.parametrize('optimiser, step, steps',
+                         [('pgd', 1, 60), ('apgd', 2, 100), ('rmsprop', .3, 100), ('lbfgs', 1, 60),
+                          ('square', .3, 1000)])
 def test_the_smallest_change_that_flips_a_code(optimiser, step, steps):
-    "From code a to code b a linear head is flipped at margin/||w_a - w_b||_1 and not before, when the box is far and no third code is in the way."
+    """From code a to code b a linear head is flipped at margin/||w_a - w_b||_1 and not before,
+    when the box is far and no third code is in the way."""
     m = linear(K=2)
     x = torch.full((1, 1, 4, 4), .5)
     W = m.W
@@ -49,13 +55,16 @@ def test_the_smallest_change_that_flips_a_code(optimiser, step, steps):
     x_t = (x + .45*(W[:, 1 - a] - W[:, a]).sign().view(1, 1, 4, 4)).clamp(0, 1)
     assert m.encode(x_t)[2].argmax() == 1 - a
     exact = (m.encode(x)[2][0, a] - m.encode(x)[2][0, 1 - a])/(W[:, a] - W[:, 1 - a]).abs().sum()
-    p = preset('attack.signs', objective='code', optimiser=optimiser, step=step, steps=steps, eps=.4)
-    found = smallest_radius(m, x, x_t, p, lambda xs: m.encode(xs)[2].argmax(1) == 1 - a, halvings=10)
+    p = preset('attack.signs', objective='code', optimiser=optimiser, step=step, steps=steps,
+               eps=.4)
+    found = smallest_radius(m, x, x_t, p, lambda xs: m.encode(xs)[2].argmax(1) == 1 - a,
+                            halvings=10)
     assert exact*(1 - 1e-4) <= found.value.item() <= exact*1.01 + .4/2**10 + (optimiser == 'square')*.1*exact
 
 
 def test_a_forced_code_is_reached_at_the_exact_radius():
-    "The first-order law is exact for a linear encoder: (15.3) reaches the code just above margin/||w_a - w_b||_1 (and the slack), and not below."
+    """The first-order law is exact for a linear encoder: (15.3) reaches the code just above
+    margin/||w_a - w_b||_1 (and the slack), and not below."""
     m, x = linear(K=2), torch.full((1, 1, 4, 4), .5)
     l = m.encode(x)[2]
     a = int(l.argmax())
@@ -71,21 +80,25 @@ def test_a_forced_code_is_reached_at_the_exact_radius():
 
 @pytest.mark.parametrize('name', ['latent_code', 'output_code', 'damage_code'])
 def test_a_code_that_never_changes_and_one_category_are_no_code(name):
-    "Equal logits for all images (K = 4), or one category: forced and free runs are those of the model without a categorical."
+    """Equal logits for all images (K = 4), or one category: forced and free runs are those of
+    the model without a categorical."""
     m = linear(K=4)
     m.W.zero_()
     m.b = torch.tensor([1., 0, -40, -50])
     single = Linear(m.A, torch.zeros(16, 1), m.B[:3]).eval()
-    without = SimpleNamespace(posterior=lambda x: Posterior(m.posterior(x).z), decode=lambda z: m.decode(torch.cat([z, torch.eye(4)[[0]*len(z)]], 1)),
+    without = SimpleNamespace(posterior=lambda x: Posterior(m.posterior(x).z),
+                              decode=lambda z: m.decode(torch.cat([z, torch.eye(4)[[0]*len(z)]], 1)),
                               encode=lambda x: (*m.encode(x)[:2], x.new_zeros(len(x), 0)))
     x, x_t = torch.rand(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
     p = preset(f'attack.{name}', restarts=1, select='hard')
-    if p.goal == 'away': p = p.model_copy(update={'forced': False})                     # it would force codes that are not there
-    one, own, none = (attack(a, x, None if p.goal == 'away' else x_t, p, progress=False) for a in (single, m, without))
+    if p.goal == 'away':
+        p = p.model_copy(update={'forced': False})  # it would force codes that are not there
+    one, own, none = (attack(a, x, None if p.goal == 'away' else x_t, p, progress=False)
+                      for a in (single, m, without))
     for found in (one, own):
         torch.testing.assert_close(found.after, none.after, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.x, none.x, rtol=0, atol=1e-3)
-        assert torch.equal(found.evaluations, none.evaluations)                        # the same budget
+        assert torch.equal(found.evaluations, none.evaluations)  # the same budget
 
 
 def test_a_decoder_that_ignores_the_code_is_attacked_no_worse_for_forcing():
@@ -94,46 +107,59 @@ def test_a_decoder_that_ignores_the_code_is_attacked_no_worse_for_forcing():
     m.B[2:] = 0
     x, x_t = torch.rand(2, 8, 1, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
     p = preset('attack.output_code')
-    both, frees = attack(m, x, x_t, p, progress=False), attack(m, x, x_t, p.model_copy(update={'forced': False}), progress=False)
+    both, frees = attack(m, x, x_t, p,
+                         progress=False), attack(m, x, x_t, p.model_copy(update={'forced': False}),
+                                                 progress=False)
     assert (both.after <= frees.after*1.02 + 1e-4).all()
     J, code = hard(p, m, x, x_t), most_likely(m.encode(x)[2])
-    torch.testing.assert_close(forced(p, m, code, x, x_t)(x)[(margin(m.encode(x)[2], code) < -SLACK)], J(x)[margin(m.encode(x)[2], code) < -SLACK])
+    torch.testing.assert_close(forced(p, m, code, x,
+                                      x_t)(x)[(margin(m.encode(x)[2], code) < -SLACK)],
+                               J(x)[margin(m.encode(x)[2], code) < -SLACK])
 
 
 def saturated():
-    "Three pixels; the second code is said where x_1 + x_2 > 1.04, with logits of +-30 and more; only x_3 moves z."
+    """Three pixels; the second code is said where x_1 + x_2 > 1.04, with logits of +-30 and
+    more; only x_3 moves z."""
     W = torch.zeros(3, 2)
     W[:2, 1], W[:2, 0] = 1000., -1000.
-    m = Linear(torch.tensor([[0.], [0.], [1.]]), W, torch.tensor([[1., 0, 0], [0, 0, 0], [0, 5., 0]]), torch.tensor([1040., -1040.]))
+    m = Linear(torch.tensor([[0.], [0.], [1.]]), W,
+               torch.tensor([[1., 0, 0], [0, 0, 0], [0, 5., 0]]), torch.tensor([1040., -1040.]))
     return m.eval()
 
 
 @pytest.mark.parametrize('name', ['output_code', 'damage_code'])
 def test_saturated_codes_whose_optimum_is_known_by_enumeration(name):
-    m, x = saturated(), torch.tensor([[.47, .47, .3], [.5, .44, .9], [.45, .5, .5]]).view(3, 1, 1, 3)
+    m, x = saturated(), torch.tensor([[.47, .47, .3], [.5, .44, .9],
+                                      [.45, .5, .5]]).view(3, 1, 1, 3)
     x_t = torch.tensor([[.9, .9, .35]]*3).view(3, 1, 1, 3)
     assert (m.encode(x)[2].diff(dim=1).abs() >= 30).all() and m.encode(x)[2].argmax(1).eq(0).all()
     p = preset(f'attack.{name}', restarts=2)
     J = hard(p, m, x, None if p.goal == 'away' else x_t)
     corners = torch.tensor(list(itertools.product((-.1, 0, .05, .1), repeat=3))).view(-1, 1, 1, 3)
     exact = torch.stack([J((x + d).clamp(0, 1)) for d in corners]).amin(0)
-    for seed in range(5):                                                              # from every start
+    for seed in range(5):  # from every start
         found = attack(m, x, None if p.goal == 'away' else x_t, p, seed=seed, progress=False)
         assert (found.after <= exact + 1e-3).all() and m.encode(found.x)[2].argmax(1).eq(1).all()
-    soft = attack(m, x, None if p.goal == 'away' else x_t, p.model_copy(update={'forced': False, 'restarts': 1, 'soften': 1, 'anneal': False}), progress=False)
-    assert (soft.after > exact + 1).any()                                              # what the softmax hides
+    soft = attack(m, x, None if p.goal == 'away' else x_t,
+                  p.model_copy(update={'forced': False, 'restarts': 1, 'soften': 1,
+                                       'anneal': False}), progress=False)
+    assert (soft.after > exact + 1).any()  # what the softmax hides
 
 
-@pytest.mark.parametrize('objective, goal', [('output', 'target'), ('output', 'away'), ('judge', 'away'), ('symmetric_kl', 'target'), ('w2', 'target')])
+@pytest.mark.parametrize('objective, goal', [('output', 'target'), ('output', 'away'),
+                                             ('judge', 'away'), ('symmetric_kl', 'target'),
+                                             ('w2', 'target')])
 def test_choosing_by_the_hard_model_is_never_worse_than_by_the_surrogate(objective, goal, digits):
     torch.manual_seed(1)
     m = VAE(3, 4).eval()
-    with torch.no_grad(): m.encoder[-1].weight[6:] *= 40
+    with torch.no_grad():
+        m.encoder[-1].weight[6:] *= 40
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()
     x, x_t = digits[:8], digits[8:]
     p = preset('attack.signs', objective=objective, goal=goal, noise=.1, steps=15, features='codes')
     J = hard(p, m, x, x_t, judge)
-    values = [J(attack(m, x, x_t, p.model_copy(update={'select': s}), judge=judge, progress=False).x) for s in ('hard', 'surrogate')]
+    values = [J(attack(m, x, x_t, p.model_copy(update={'select': s}), judge=judge,
+                       progress=False).x) for s in ('hard', 'surrogate')]
     assert (values[0] <= values[1] + 1e-5).all() and (values[0] < values[1]).any()
 
 
@@ -151,12 +177,14 @@ def test_several_categoricals():
     m = linear(K=3, G=2)
     x, x_t = torch.rand(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(3)).unbind(0)
     assert expected(WithCode(m).posterior(x)).shape == (4, 2 + 6)
-    own, codes = m.encode(x)[2].argmax(-1), torch.stack(list(nearby(m.encode(x)[2], 5))).argmax(-1)     # (B, G), (5, B, G)
+    # (B, G), (5, B, G)
+    own, codes = m.encode(x)[2].argmax(-1), torch.stack(list(nearby(m.encode(x)[2], 5))).argmax(-1)
     assert ((codes != own).sum(-1) == 1).all() and torch.equal(codes[4], codes[0])
     assert all(len({tuple(c) for c in codes[:4, b].flatten(1).tolist()}) == 4 for b in range(4))
     torch.testing.assert_close(hard(preset('attack.output'), m, x, x_t)(x), squared(m(x), m(x_t)))
     found = attack(m, x, x_t, preset('attack.output_code', eps=.5), progress=False)
-    assert (behind(m.encode(found.x)[2], most_likely(m.encode(x_t)[2])) <= 0).float().mean() >= .5 and (found.after < found.before).all()
+    assert (behind(m.encode(found.x)[2], most_likely(m.encode(x_t)[2])) <= 0).float().mean() >= .5
+    assert (found.after < found.before).all()
 
 
 def test_nearby_codes_come_in_the_order_of_their_logits():
@@ -167,7 +195,8 @@ def test_nearby_codes_come_in_the_order_of_their_logits():
 def test_every_model_has_the_same_budget(model, digits):
     p = preset('attack.damage_code', steps=2, restarts=3)
     plain = VAE(5).eval()
-    n = [attack(m, digits[:2], None, p, progress=False).evaluations.tolist() for m in (model, plain)]
+    n = [attack(m, digits[:2], None, p, progress=False).evaluations.tolist()
+         for m in (model, plain)]
     assert n == [[2*3*3]*2]*2
     runs = planned(p, model, digits[:2], None).runs
     assert [run(torch.arange(2))[1] is None for run in runs] == [True]*3 + [False]*3
@@ -184,32 +213,40 @@ def test_each_forced_run_asks_for_its_own_code_and_of_the_rows_that_are_left(mod
     torch.testing.assert_close(planned(output, model, x, x_t).runs[0](rows)[0](x[rows]), want[rows])
 
 
-@pytest.mark.parametrize('name', ['latent_code', 'output_code', 'damage_code', 'judge_code', 'judge_untargeted_code'])
+@pytest.mark.parametrize('name', ['latent_code', 'output_code', 'damage_code', 'judge_code',
+                                  'judge_untargeted_code'])
 def test_a_function_can_be_attacked_by_those_who_know_the_code(name):
     "It has no code, so it is attacked as without a temperature, from as many starts."
     w = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     x, x_t = torch.rand(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
     f, judge = (lambda a: (a.flatten(1) @ w).view(a.shape)), lambda a: a.flatten(1)[:, :4]
     p = preset(f'attack.{name}', steps=4, restarts=1, stop=None)
-    same = p.model_copy(update=dict(forced=False, restarts=2, soften=1, anneal=False, select='surrogate'))
-    one, two = (attack(f, x, None if p.goal == 'away' else x_t, q, judge=judge, progress=False) for q in (p, same))
-    assert torch.equal(one.x, two.x) and (one.after < one.before).all() and one.evaluations.tolist() == [10]*3
+    same = p.model_copy(update=dict(forced=False, restarts=2, soften=1, anneal=False,
+                                    select='surrogate'))
+    one, two = (attack(f, x, None if p.goal == 'away' else x_t, q, judge=judge, progress=False)
+                for q in (p, same))
+    assert torch.equal(one.x, two.x) and (one.after < one.before).all()
+    assert one.evaluations.tolist() == [10]*3
 
 
 def test_who_is_won_is_not_attacked_again(model, digits):
-    "`stop`: images at or below it have no further runs, the others have them all, and nobody's image changes for that."
+    """`stop`: images at or below it have no further runs, the others have them all, and nobody's
+    image changes for that."""
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()
-    with torch.no_grad(): judge[1].weight.mul_(20)
+    with torch.no_grad():
+        judge[1].weight.mul_(20)
     p, x = preset('attack.judge_untargeted_code', steps=4, restarts=3, stop=None), digits[:12]
     every = attack(model, x, None, p, judge=judge, progress=False)
     stop = every.after.median().item()
     some = attack(model, x, None, p.model_copy(update={'stop': stop}), judge=judge, progress=False)
     won = every.after <= stop
     assert won.any() and (~won).any()
-    assert (some.evaluations[~won] == 30).all() and (some.evaluations[won] < 30).any() and (some.evaluations[won] % 5 == 0).all()
-    torch.testing.assert_close(some.after[~won], every.after[~won]), torch.testing.assert_close(some.x[~won], every.x[~won])
+    assert (some.evaluations[~won] == 30).all() and (some.evaluations[won] < 30).any()
+    assert (some.evaluations[won] % 5 == 0).all()
+    torch.testing.assert_close(some.after[~won], every.after[~won])
+    torch.testing.assert_close(some.x[~won], every.x[~won])
     assert (some.after[won] <= stop).all()
-    ticks = []                                                                         # the bar ends at its end all the same
+    ticks = []  # the bar ends at its end all the same
     noises = [torch.Generator().manual_seed(i) for i in range(6)]
     q = p.model_copy(update={'stop': stop})
     attack_batch(planned(q, model, x, None, judge), x, q, noises, q.eps, q.lam, ticks.append)
@@ -217,15 +254,17 @@ def test_who_is_won_is_not_attacked_again(model, digits):
 
 
 def test_a_changed_code_counts_half_as_much_again():
-    "`select = code`: of the saturated model's images one with the other code is kept if it is two thirds as far away, and not otherwise."
+    """`select = code`: of the saturated model's images one with the other code is kept if it is
+    two thirds as far away, and not otherwise."""
     m, x = saturated(), torch.tensor([[.47, .47, .3]]).view(1, 1, 1, 3)
-    p, changed, same = preset('attack.damage_code'), x + torch.tensor([.1, .1, 0]), x - torch.tensor([.1, .1, 0])
+    p, d = preset('attack.damage_code'), torch.tensor([.1, .1, 0])
+    changed, same = x + d, x - d
     assert m.encode(changed)[2].argmax(1).item() == 1 and m.encode(same)[2].argmax(1).item() == 0
     rank = another_code(p, m, x, None)
     J = hard(p, m, x, None)
     torch.testing.assert_close(rank(changed), 1.5*J(changed))
     torch.testing.assert_close(rank(same), J(same))
-    pair = linear(K=3, G=2)                                                            # of several categoricals any will do
+    pair = linear(K=3, G=2)  # of several categoricals any will do
     a, b = torch.rand(2, 40, 1, 4, 4, generator=torch.Generator().manual_seed(3)).unbind(0)
     other = (pair.encode(a)[2].argmax(-1) != pair.encode(b)[2].argmax(-1)).sum(1)
     ratio = another_code(p, pair, a, None)(b)/hard(p, pair, a, None)(b)
@@ -235,17 +274,21 @@ def test_a_changed_code_counts_half_as_much_again():
 def test_an_annealed_temperature_ends_at_one():
     reading, seen = Softened(SimpleNamespace(), 8.), []
     J = annealed(reading, lambda xs: seen.append(reading.T) or xs, 3)
-    for _ in range(5): J(torch.zeros(1))
+    for _ in range(5):
+        J(torch.zeros(1))
     torch.testing.assert_close(torch.tensor(seen), torch.tensor([8., 4, 2, 1, 1]))
 
 
 def test_the_hard_value_and_the_surrogate_are_both_returned(model, digits):
     p = preset('attack.output_code', steps=5)
     found = attack(model, digits[:4], digits[8:12], p, progress=False)
-    torch.testing.assert_close(found.after, hard(p, model, digits[:4], digits[8:12])(found.x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.after, hard(p, model, digits[:4], digits[8:12])(found.x),
+                               rtol=1e-4, atol=1e-4)
     assert found.surrogate.shape == (4,) and found.surrogate.isfinite().all()
-    old = attack(model, digits[:4], digits[8:12], preset('attack.output', steps=5, select='surrogate'), progress=False, trace=True)
-    torch.testing.assert_close(old.after, old.trace.amin(1), rtol=1e-4, atol=1e-4)     # chosen by what is descended on, as before
+    old = attack(model, digits[:4], digits[8:12],
+                 preset('attack.output', steps=5, select='surrogate'), progress=False, trace=True)
+    # chosen by what is descended on, as before
+    torch.testing.assert_close(old.after, old.trace.amin(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(old.surrogate, old.after, rtol=1e-4, atol=1e-4)
 
 
@@ -253,4 +296,5 @@ def test_the_fourth_slip_starts_around_twice_the_image(digits):
     x, g = digits[:3], lambda: [torch.Generator().manual_seed(5)]
     noise = .2*torch.randn(x.shape, generator=g()[0])
     for name, times in (('thesis', 2), ('doubled', 2), ('thesis_repaired', 1), ('accumulate', 1)):
-        torch.testing.assert_close(next(starts(x, preset(f'attack.{name}'), g())), (times*x + noise).clamp(0, 1))
+        torch.testing.assert_close(next(starts(x, preset(f'attack.{name}'), g())),
+                                   (times*x + noise).clamp(0, 1))

@@ -9,7 +9,7 @@ from torch.distributions import Normal
 
 from vae_robust import robustness
 from vae_robust.data import ImageData, load
-from vae_robust.objectives import logits, means
+from vae_robust.objectives import AttackError, logits, means
 from vae_robust.diagnosis import (blind_is_better, diagnose, hidden_by_code, in_training_mode,
                                   knowing, left_the_ball, masked_by_code, no_better_than_noise,
                                   not_converged, not_monotone, stochastic, without_slope)
@@ -18,7 +18,8 @@ from vae_robust.robustness import (against_radius, auddc, jacobians, kept, margi
                                    stays_within, tally, together, transfer, worst)
 from vae_robust.statistics import bootstrap, interval, t_interval, welch
 from vae_robust.judges import NETWORKS, pretrained_judge, shifted, judged, lenet, train_judge
-from vae_robust.robustness import exchange_rates, trial, counts, cut, evaluate, pairs, rates, reconstruct
+from vae_robust.attacks import attack, relative_weights
+from vae_robust.robustness import trial, counts, cut, evaluate, pairs, rates, reconstruct
 from vae_robust.statistics import mean_rate, wilson
 from vae_robust.settings import preset
 from vae_robust.training import pretrained
@@ -41,7 +42,8 @@ def table(*rows):
 
 
 def test_rates_count_kept_pairs_only():
-    t = table((3, 8, 3, 8), (3, 8, 3, 3), (3, 8, 3, 1), (3, 8, 5, 8), (3, 8, 8, 8))      # source, target, before, after
+    # source, target, before, after
+    t = table((3, 8, 3, 8), (3, 8, 3, 3), (3, 8, 3, 1), (3, 8, 5, 8), (3, 8, 8, 8))
     assert t.values.tolist() == [[3, 8, 3, 2, 1]]
     r = rates(t).iloc[0]
     np.testing.assert_allclose([r.as_ignore, r.as_target], [100*2/3, 100/3])
@@ -55,7 +57,8 @@ def test_a_pair_of_classes_with_nothing_kept_has_no_rate():
 
 def test_target_rate_never_exceeds_ignore_target():
     rng = np.random.default_rng(0)
-    s = rng.integers(10, size=5000); t = (s + rng.integers(1, 10, size=5000)) % 10
+    s = rng.integers(10, size=5000)
+    t = (s + rng.integers(1, 10, size=5000)) % 10
     r = counts(*map(torch.tensor, (s, t, rng.integers(10, size=5000), rng.integers(10, size=5000))))
     assert len(r) == 90 and (r.hit <= r.missed).all() and (r.missed <= r.kept).all()
 
@@ -71,7 +74,8 @@ def test_pairs(n):
     p = pairs(y, n)
     source, target = y[p].T
     cells = pd.DataFrame({'s': source, 't': target}).value_counts()
-    most = {(s, t): min(n, (y == s).sum().item(), (y == t).sum().item()) for s in range(10) for t in range(10) if s != t}
+    most = {(s, t): min(n, (y == s).sum().item(), (y == t).sum().item()) for s in range(10)
+            for t in range(10) if s != t}
     assert {k: v for k, v in cells.items()} == most
     assert len(set(map(tuple, p.tolist()))) == len(p)
     assert torch.equal(p, pairs(y, n)) and not torch.equal(p, pairs(y, n, seed=1))
@@ -82,7 +86,8 @@ def test_cut():
 
 
 class Exact:
-    "A model whose code is the image itself and whose reconstruction is perfect; classes are the pixel that is brightest."
+    """A model whose code is the image itself and whose reconstruction is perfect; classes are
+    the pixel that is brightest."""
     def encode(self, x): return x.flatten(1), None, x.new_zeros(len(x), 0)
     def posterior(self, x): return self
     def decode(self, code): return code
@@ -90,11 +95,13 @@ class Exact:
 
 
 def exact(monkeypatch, decode):
-    "Evaluate an attack on 10 one-hot images with a judge that names the brightest pixel, reconstructing by `decode`."
+    """Evaluate an attack on 10 one-hot images with a judge that names the brightest pixel,
+    reconstructing by `decode`."""
     monkeypatch.setattr(robustness, 'reconstruct', lambda model, x, sample=False: decode(x))
     judge = nn.Sequential(nn.Flatten(), nn.Identity()).eval()
     test = ImageData((255*torch.eye(10)).byte().view(10, 1, 1, 10), torch.arange(10))
-    return lambda **kw: evaluate(Exact(), judge, preset('attack.strong', features='means', **kw), test, progress=False)
+    return lambda **kw: evaluate(Exact(), judge, preset('attack.strong', features='means', **kw),
+                                 test, progress=False)
 
 
 def test_an_attack_with_room_for_everything_always_succeeds_and_one_without_never(monkeypatch):
@@ -105,20 +112,26 @@ def test_an_attack_with_room_for_everything_always_succeeds_and_one_without_neve
 
 
 def test_a_constant_decoder_keeps_only_its_own_class_and_cannot_be_moved(monkeypatch):
-    t = exact(monkeypatch, lambda x: torch.eye(10)[torch.full((len(x),), 7)].view(-1, 1, 1, 10))(eps=1)
-    assert t[t.source == 7].kept.eq(1).all() and t[t.source != 7].kept.eq(0).all() and t.missed.sum() == 0
+    t = exact(monkeypatch,
+              lambda x: torch.eye(10)[torch.full((len(x),), 7)].view(-1, 1, 1, 10))(eps=1)
+    assert t[t.source == 7].kept.eq(1).all() and t[t.source != 7].kept.eq(0).all()
+    assert t.missed.sum() == 0
 
 
 def test_the_zero_attack_scores_zero_on_an_untrained_model(model):
-    t = evaluate(model, lenet().eval(), preset('attack.none', pairs=2), load('digits', 'test'), progress=False)
+    t = evaluate(model, lenet().eval(), preset('attack.none', pairs=2), load('digits', 'test'),
+                 progress=False)
     assert t.missed.sum() == t.hit.sum() == 0
 
 
 def test_the_thesis_s_switches_are_off_unless_asked_for(model, digits):
     judge = lenet().eval()
-    assert torch.equal(judged(judge, digits), judged(judge, digits)) and torch.equal(reconstruct(model, digits), reconstruct(model, digits))
-    assert not torch.equal(judged(judge, digits.repeat(9, 1, 1, 1), dropout=True), judged(judge, digits.repeat(9, 1, 1, 1), dropout=True))
-    assert not torch.equal(reconstruct(model, digits, sample=True), reconstruct(model, digits, sample=True))
+    assert torch.equal(judged(judge, digits), judged(judge, digits))
+    assert torch.equal(reconstruct(model, digits), reconstruct(model, digits))
+    assert not torch.equal(judged(judge, digits.repeat(9, 1, 1, 1), dropout=True),
+                           judged(judge, digits.repeat(9, 1, 1, 1), dropout=True))
+    assert not torch.equal(reconstruct(model, digits, sample=True),
+                           reconstruct(model, digits, sample=True))
     assert not judge.training
     for name in ('attack.strong', 'attack.thesis_repaired', 'attack.none', 'attack.noise'):
         p = preset(name)
@@ -138,25 +151,30 @@ def test_a_judge_learns_and_is_reproducible(tmp_path):
     judge, test = train_judge(p, tmp_path/'a', progress=False), load('digits', 'test')
     assert not judge.training and (judged(judge, test.x/255) == test.y).float().mean() > .8
     train_judge(p, tmp_path/'b', progress=False)
-    assert (tmp_path/'a'/'weights.safetensors').read_bytes() == (tmp_path/'b'/'weights.safetensors').read_bytes()
+    one, two = ((tmp_path/run/'weights.safetensors').read_bytes() for run in 'ab')
+    assert one == two
 
 
 def test_a_trial_has_a_row_for_each_pair_and_its_counts_are_evaluate_s(model):
     test, judges = load('digits', 'test'), {'one': lenet().eval(), 'two': lenet().eval()}
     a = preset('attack.strong', pairs=2, steps=3)
     t = trial(model, judges, a, test, progress=False)
-    assert len(t) == 180 and (t.source != t.target).all() and (test.y[t.image.tolist()].numpy() == t.source).all()
-    assert (t.objective_after <= t.objective_before).all() and (t.linf <= a.eps + 1e-6).all() and (t.l2 >= t.linf - 1e-6).all()
+    assert len(t) == 180 and (t.source != t.target).all()
+    assert (test.y[t.image.tolist()].numpy() == t.source).all()
+    assert (t.objective_after <= t.objective_before).all() and (t.linf <= a.eps + 1e-6).all()
+    assert (t.l2 >= t.linf - 1e-6).all()
     for name, judge in judges.items():
         mine = counts(t.source, t.target, t[f'{name}_before'], t[f'{name}_after'])
         pd.testing.assert_frame_equal(mine, evaluate(model, judge, a, test, progress=False))
 
 
 def test_a_trial_in_portions_is_the_same_trial(model, monkeypatch):
-    test, judges, a = load('digits', 'test'), {'j': lenet().eval()}, preset('attack.strong', pairs=2, steps=3, relative=True, lam=.3)
+    test, judges = load('digits', 'test'), {'j': lenet().eval()}
+    a = preset('attack.strong', pairs=2, steps=3, relative=True, lam=.3)
     whole, sizes, attack = trial(model, judges, a, test, progress=False), [], robustness.attack
     monkeypatch.setattr(robustness, 'PORTION', 70)
-    monkeypatch.setattr(robustness, 'attack', lambda m, x, *args, **kw: sizes.append(len(x)) or attack(m, x, *args, **kw))
+    monkeypatch.setattr(robustness, 'attack', lambda m, x, *args,
+                        **kw: sizes.append(len(x)) or attack(m, x, *args, **kw))
     pd.testing.assert_frame_equal(trial(model, judges, a, test, progress=False), whole, rtol=1e-4)
     assert sizes == [70, 70, 40]
 
@@ -165,17 +183,22 @@ def test_relative_weights_do_not_depend_on_the_units_of_the_code(model):
     test = load('digits', 'test')
     x, x_t = (test.x[i:i + 6]/255 for i in (0, 6))
     a = preset('attack.strong', relative=True, lam=.3)
-    lam = exchange_rates(model, x, x_t, a)
+    lam = relative_weights(model, x, x_t, a)
     before = (logits(model)(x) - logits(model)(x_t)).norm(dim=1)
     torch.testing.assert_close(lam, .3*before/(x - x_t).flatten(1).norm(dim=1))
 
 
-def test_a_trial_weighs_the_norm_by_pair_if_it_is_relative(model, monkeypatch):
-    seen = []
-    whole = robustness.attack
-    monkeypatch.setattr(robustness, 'attack', lambda *args, **kw: seen.append(kw['lam']) or whole(*args, **kw))
-    for relative in (True, False): trial(model, {'j': lenet().eval()}, preset('attack.strong', pairs=1, steps=1, lam=.3, relative=relative), load('digits', 'test'), progress=False)
-    assert seen[0].shape == (90,) and seen[1] is None
+def test_an_attack_weighs_the_norm_by_pair_if_it_is_relative(model, digits):
+    x, x_t = digits[:4], torch.cat([digits[:1], digits[5:8]])  # the first is its own target
+    p = preset('attack.strong', steps=3, lam=.3)
+    lam = relative_weights(model, x, x_t, p)
+    assert lam[0] == 0 and (lam[1:] > 0).all()
+    weighed = attack(model, x, x_t, p.model_copy(update={'relative': True}), progress=False)
+    assert torch.equal(weighed.x, attack(model, x, x_t, p, lam=lam, progress=False).x)
+    assert not torch.equal(weighed.x, attack(model, x, x_t, p, progress=False).x)
+    assert weighed.nans.sum() == 0
+    with pytest.raises(AttackError, match='relative = true weighs against a target'):
+        attack(model, x, None, preset('attack.damage', relative=True), progress=False)
 
 
 @pytest.mark.parametrize('network', NETWORKS)
@@ -186,7 +209,8 @@ def test_judges_are_deterministic_and_know_ten_classes(network):
 
 def test_shifted_moves_all_images_by_at_most_two_pixels():
     torch.manual_seed(0)
-    x = torch.zeros(2, 1, 9, 9); x[..., 4, 4] = 1
+    x = torch.zeros(2, 1, 9, 9)
+    x[..., 4, 4] = 1
     where = {tuple(shifted(x)[i, 0].nonzero()[0].tolist()) for _ in range(300) for i in (0, 1)}
     assert where == {(i, j) for i in range(2, 7) for j in range(2, 7)}
 
@@ -205,21 +229,25 @@ def test_kept_pairs_of_one_model_and_of_all():
 
 
 def test_the_worst_case_is_taken_for_each_pair():
-    one, two = rows([3]*4, [8, 3, 3, 3], source=(3,)*4, target=(8, 8, 1, 1)), rows([3]*4, [5, 3, 7, 1], source=(3,)*4, target=(8, 8, 1, 1))
+    one, two = rows([3]*4, [8, 3, 3, 3], source=(3,)*4,
+                    target=(8, 8, 1, 1)), rows([3]*4, [5, 3, 7, 1], source=(3,)*4,
+                                               target=(8, 8, 1, 1))
     assert worst([one, two], 'j').j_after.tolist() == [8, 3, 7, 1]
     assert worst([two, one], 'j').j_after.tolist() == [8, 3, 7, 1]
 
 
 def test_bootstrap_variance_is_unbiased():
     rng = np.random.default_rng(1)
-    spread = [bootstrap(rng.normal(0, 1, (1, 4, 1)), classes=False, n=800, seed=s)[1].var() for s in range(400)]
-    assert abs(np.mean(spread) - 1/4) < .03                                # the naive bootstrap gives 3/16
+    spread = [bootstrap(rng.normal(0, 1, (1, 4, 1)), classes=False, n=800, seed=s)[1].var()
+              for s in range(400)]
+    assert abs(np.mean(spread) - 1/4) < .03  # the naive bootstrap gives 3/16
 
 
 def test_bootstrap_draws_classes_for_all_models_together():
-    r = np.add.outer(np.zeros((2, 3)), np.arange(10.))                      # two equal models, classes far apart
+    r = np.add.outer(np.zeros((2, 3)), np.arange(10.))  # two equal models, classes far apart
     mean, samples = bootstrap(r)
-    assert mean.tolist() == [4.5, 4.5] and samples[:, 0].std() > .5 and np.abs(samples[:, 0] - samples[:, 1]).max() < 1e-9
+    assert mean.tolist() == [4.5, 4.5] and samples[:, 0].std() > .5
+    assert np.abs(samples[:, 0] - samples[:, 1]).max() < 1e-9
     assert np.ptp(bootstrap(r, classes=False)[1]) < 1e-9
     low, high = interval(samples)
     assert (low < 4.5).all() and (high > 4.5).all()
@@ -231,7 +259,8 @@ def test_one_seed_has_no_spread_over_seeds():
 
 def test_student_s_interval_by_its_formula_and_of_one_seed():
     mean, low, high = t_interval([1., 2, 6], level=.9)
-    assert mean == 3 and np.allclose([mean - low, high - mean], student.ppf(.95, 2)*(14/2)**.5/3**.5)
+    assert mean == 3
+    assert np.allclose([mean - low, high - mean], student.ppf(.95, 2)*(14/2)**.5/3**.5)
     assert t_interval([4])[0] == 4 and np.isnan(t_interval([4])[1:]).all()
 
 
@@ -240,18 +269,23 @@ def test_welch_by_its_formula():
     va, vb = a.var(ddof=1)/5, b.var(ddof=1)/3
     df = (va + vb)**2/(va**2/4 + vb**2/2)
     half = student.ppf(.975, df)*(va + vb)**.5
-    np.testing.assert_allclose(welch(a, b)[:3], (a.mean() - b.mean(), a.mean() - b.mean() - half, a.mean() - b.mean() + half))
+    np.testing.assert_allclose(welch(a, b)[:3],
+                               (a.mean() - b.mean(), a.mean() - b.mean() - half,
+                                a.mean() - b.mean() + half))
 
 
-@pytest.mark.parametrize('u, v, area', [([], [], .5), ([0], [0], 0), ([.5], [1], .75), ([.5, .2], [0, .4], .2*.7 + .3*.2), ([.3, .6], [.2, .9], .3*.6 + .3*.2 + .4*.1)])
+@pytest.mark.parametrize('u, v, area', [([], [], .5), ([0], [0], 0), ([.5], [1], .75),
+                                        ([.5, .2], [0, .4], .2*.7 + .3*.2),
+                                        ([.3, .6], [.2, .9], .3*.6 + .3*.2 + .4*.1)])
 def test_auddc_by_hand(u, v, area):
     assert abs(auddc(np.array(u, float), np.array(v, float)) - area) < 1e-12
 
 
 def slow_ssim(a, b, c1=1e-4, c2=9e-4):
-    "(21.4) one window at a time, with numpy's weighted covariance."
+    "(21.3) one window at a time, with numpy's weighted covariance."
     i = np.arange(11) - 5
-    w = np.exp(-(i[:, None]**2 + i**2)/4.5); w /= w.sum()
+    w = np.exp(-(i[:, None]**2 + i**2)/4.5)
+    w /= w.sum()
     def one(y, x):
         p, q = (z[y:y + 11, x:x + 11] for z in (a, b))
         C = np.cov(p.ravel(), q.ravel(), aweights=w.ravel(), ddof=0)
@@ -262,22 +296,30 @@ def slow_ssim(a, b, c1=1e-4, c2=9e-4):
 
 def test_ssim_against_a_loop_over_windows():
     a, b = torch.rand(2, 3, 2, 14, 13, generator=torch.Generator().manual_seed(0))
-    want = [np.mean([slow_ssim(p.double().numpy(), q.double().numpy()) for p, q in zip(x, y)]) for x, y in zip(a, b)]
+    want = [np.mean([slow_ssim(p.double().numpy(), q.double().numpy()) for p, q in zip(x, y)])
+            for x, y in zip(a, b)]
     np.testing.assert_allclose(ssim(a, b), want, rtol=1e-3)
 
 
 def test_jacobians_by_finite_differences(model, digits):
-    phi, x, d = means(model), digits[:3].float(), torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    phi, x = means(model), digits[:3].float()
+    d = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     J = jacobians(phi, x)
-    with torch.no_grad(): slope = (phi(x + 1e-2*d) - phi(x - 1e-2*d))/2e-2
+    with torch.no_grad():
+        slope = (phi(x + 1e-2*d) - phi(x - 1e-2*d))/2e-2
     torch.testing.assert_close((J @ d.flatten(1)[..., None])[..., 0], slope, rtol=5e-2, atol=5e-3)
-    torch.testing.assert_close(spectrum(phi, x).square().sum(1), J.square().sum((1, 2)), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(spectrum(phi, x).square().sum(1), J.square().sum((1, 2)), rtol=1e-3,
+                               atol=1e-6)
 
 
 class Linear(nn.Module):
     "mu = W x, unit variance scaled by s, decoded to itself."
-    def __init__(self, W, s): super().__init__(); self.W, self.s = W, s
-    def encode(self, x): return x.flatten(1) @ self.W.T, torch.full((len(x), len(self.W)), 2*math.log(self.s)), x.new_zeros(len(x), 0)
+    def __init__(self, W, s):
+        super().__init__()
+        self.W, self.s = W, s
+    def encode(self, x):
+        return x.flatten(1) @ self.W.T, torch.full((len(x), len(self.W)),
+                                                   2*math.log(self.s)), x.new_zeros(len(x), 0)
     def posterior(self, x):
         mu, lv, _ = self.encode(x)
         return Posterior(Normal(mu, (lv/2).exp()))
@@ -289,7 +331,8 @@ def test_margins_of_a_linear_gaussian_model():
     W = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     m, x = Linear(W, .5).eval(), torch.rand(2, 1, 4, 4)
     torch.manual_seed(0)
-    p = stays_within(m, x, 1., n=4000)                                     # a chi-square with two degrees of freedom: 1 - exp(-r^2/2s^2)
+    # a chi-square with two degrees of freedom: 1 - exp(-r^2/2s^2)
+    p = stays_within(m, x, 1., n=4000)
     assert (p - (1 - math.exp(-2))).abs().max() < .03
     R, bound = margins(m, x, torch.full((2,), .8))
     z, s = NormalDist().inv_cdf(.8), torch.linalg.svdvals(W)
@@ -308,13 +351,16 @@ x8 = torch.full((8, 1, 4, 4), .5)
 
 @pytest.mark.parametrize('complaint, silence', [
     (lambda: in_training_mode(lenet()), lambda: in_training_mode(lenet().eval())),
-    (lambda: stochastic(lenet().train(), lambda y: y, torch.rand(4, 1, 32, 32)), lambda: stochastic(lenet().eval(), lambda y: y, torch.rand(4, 1, 32, 32))),
+    (lambda: stochastic(lenet().train(), lambda y: y, torch.rand(4, 1, 32, 32)),
+     lambda: stochastic(lenet().eval(), lambda y: y, torch.rand(4, 1, 32, 32))),
     (lambda: without_slope(found(zeros=9)), lambda: without_slope(found(zeros=1))),
     (lambda: without_slope(found(nans=9)), lambda: without_slope(found())),
     (lambda: left_the_ball(x8 + .11, x8, ball), lambda: left_the_ball(x8 + .1, x8, ball)),
-    (lambda: left_the_ball(x8*0 + 1.05, x8*0 + 1, ball), lambda: left_the_ball(x8*0 + 1, x8*0 + 1, ball)),
+    (lambda: left_the_ball(x8*0 + 1.05, x8*0 + 1, ball),
+     lambda: left_the_ball(x8*0 + 1, x8*0 + 1, ball)),
     (lambda: not_converged(50, 50.6), lambda: not_converged(50, 50.4)),
-    (lambda: not_monotone([.1, .2, .3], [30, 50, 45]), lambda: not_monotone([.1, .2, .3], [30, 50, 49.5])),
+    (lambda: not_monotone([.1, .2, .3], [30, 50, 45]),
+     lambda: not_monotone([.1, .2, .3], [30, 50, 49.5])),
     (lambda: no_better_than_noise(20, 19), lambda: no_better_than_noise(40, 19)),
     (lambda: blind_is_better(40, 50), lambda: blind_is_better(50, 40))])
 def test_each_diagnosis_fires_and_is_silent(complaint, silence):
@@ -323,8 +369,10 @@ def test_each_diagnosis_fires_and_is_silent(complaint, silence):
 
 
 class Brightest(nn.Module):
-    "Codes are 32x32 images' ten column sums, decoded to themselves: a sound, deterministic model with a slope everywhere."
-    def encode(self, x): return self.see(x)[..., :10].sum(-2).flatten(1), None, x.new_zeros(len(x), 0)
+    """Codes are 32x32 images' ten column sums, decoded to themselves: a sound, deterministic
+    model with a slope everywhere."""
+    def encode(self, x):
+        return self.see(x)[..., :10].sum(-2).flatten(1), None, x.new_zeros(len(x), 0)
     def see(self, x): return x
     def posterior(self, x): return Posterior(Normal(self.encode(x)[0], 1.))
     def decode(self, code): return code
@@ -338,47 +386,63 @@ class Flat(Brightest):
 
 @pytest.mark.parametrize('model, complaints', [(Brightest(), 0), (Flat(), 2)])
 def test_diagnose_a_sound_model_and_one_that_masks_its_gradient(model, complaints):
-    x = torch.full((20, 1, 32, 32), .4); y = torch.arange(20) % 10
-    for i, k in enumerate(y): x[i, ..., k] = .46
+    x = torch.full((20, 1, 32, 32), .4)
+    y = torch.arange(20) % 10
+    for i, k in enumerate(y):
+        x[i, ..., k] = .46
     test = ImageData((255*x).round().byte(), y)
-    said = diagnose(model.eval(), nn.Identity().eval(), preset('attack.strong', features='means', eps=.1, steps=20, pairs=1), test, radii=(.05, .1))
+    said = diagnose(model.eval(), nn.Identity().eval(),
+                    preset('attack.strong', features='means', eps=.1, steps=20, pairs=1), test,
+                    radii=(.05, .1))
     assert len(said) >= complaints and (complaints or not said), said
-    if complaints: assert 'no usable gradient' in said[0] and any('masked' in s for s in said)
+    if complaints:
+        assert 'no usable gradient' in said[0] and any('masked' in s for s in said)
 
 
 def test_a_code_that_hides_the_way_is_named():
-    "Of 100 pairs 50 fall; five points more are not enough, six are, unless as many others hold, or luck explains them."
+    """Of 100 pairs 50 fall; five points more are not enough, six are, unless as many others
+    hold, or luck explains them."""
     some = lambda *parts: np.concatenate([np.arange(a, b) for a, b in parts])
     falls = lambda *parts: np.isin(np.arange(100), some(*parts))
     missed, none = falls((0, 50)), falls((0, 0))
-    assert hidden_by_code(missed, falls((0, 55)), none) == hidden_by_code(missed, none, falls((0, 55))) == ''
-    for known, carried in ((falls((0, 56)), none), (none, falls((0, 56)))): assert '50.0 %' in hidden_by_code(missed, known, carried)
-    assert hidden_by_code(missed, falls((20, 76)), none) == ''                         # 26 more and 20 less: luck
+    assert hidden_by_code(missed, falls((0, 55)),
+                          none) == hidden_by_code(missed, none, falls((0, 55))) == ''
+    for known, carried in ((falls((0, 56)), none), (none, falls((0, 56)))):
+        assert '50.0 %' in hidden_by_code(missed, known, carried)
+    assert hidden_by_code(missed, falls((20, 76)), none) == ''  # 26 more and 20 less: luck
     assert hidden_by_code(missed[40:55], falls((0, 55))[40:55], none[:15]) == ''        # 5 of 15
 
 
 def test_the_attacker_who_knows_the_code_keeps_the_rest_of_the_preset():
     soft = preset('attack.damage_soft')
-    assert knowing(soft, 10) == soft.model_copy(update=dict(forced=True, soften=1., select='code', restarts=9))
-    assert knowing(preset('attack.output_soft'), 10).restarts == 1 and knowing(preset('attack.output_soft'), 10).select == 'hard'
+    assert knowing(soft, 10) == soft.model_copy(update=dict(forced=True, soften=1., select='code',
+                                                            restarts=9))
+    assert knowing(preset('attack.output_soft'), 10).restarts == 1
+    assert knowing(preset('attack.output_soft'), 10).select == 'hard'
 
 
 def test_the_rule_fires_where_a_code_masks_and_not_without_one():
     judge, test = pretrained_judge('judge/residual'), load('digits', 'test')
     soft = preset('attack.damage_soft', pairs=1, steps=5)
-    said = [masked_by_code(pretrained(f'mnist/{m}'), judge, soft, test) for m in ('disentangled', 'entangled')]
+    said = [masked_by_code(pretrained(f'mnist/{m}'), judge, soft, test)
+            for m in ('disentangled', 'entangled')]
     assert said[0].startswith('The categorical masks the gradient') and said[1] == ''
 
 
 def test_diagnose_stops_at_a_model_in_training_mode(model):
-    assert [s.split()[0] for s in diagnose(model.train(), lenet().eval(), ball, load('digits', 'test'))] == ['VAE']
+    assert [s.split()[0] for s in diagnose(model.train(), lenet().eval(), ball,
+                                           load('digits', 'test'))] == ['VAE']
 
 
 def test_transfer_and_radius_on_a_model_that_always_falls():
-    x = torch.full((20, 1, 32, 32), .4); y = torch.arange(20) % 10
-    for i, k in enumerate(y): x[i, ..., k] = .46
-    test, a = ImageData((255*x).round().byte(), y), preset('attack.strong', features='means', pairs=1)
-    table = transfer({'one': Brightest().eval(), 'two': Brightest().eval()}, nn.Identity().eval(), a, test)
+    x = torch.full((20, 1, 32, 32), .4)
+    y = torch.arange(20) % 10
+    for i, k in enumerate(y):
+        x[i, ..., k] = .46
+    test, a = ImageData((255*x).round().byte(), y), preset('attack.strong', features='means',
+                                                           pairs=1)
+    table = transfer({'one': Brightest().eval(), 'two': Brightest().eval()}, nn.Identity().eval(),
+                     a, test)
     assert (table.values == 100).all()
     r = against_radius(Brightest().eval(), nn.Identity().eval(), a, test, [.005, .1])
     assert r.as_ignore.tolist() == [0, 100] and r.as_target.tolist() == [0, 100]
@@ -386,19 +450,25 @@ def test_transfer_and_radius_on_a_model_that_always_falls():
 
 def test_agreement_of_judges():
     class Says(nn.Module):
-        def __init__(self, y): super().__init__(); self.y = torch.tensor(y)
+        def __init__(self, y):
+            super().__init__()
+            self.y = torch.tensor(y)
         def forward(self, x): return nn.functional.one_hot(self.y[:len(x)], 3)
-    t = agreement({'a': Says([0, 1, 2, 2]), 'b': Says([0, 1, 1, 2]), 'c': Says([1, 0, 0, 1])}, torch.zeros(4, 1, 1, 1))
-    assert t.loc['a', 'b'] == t.loc['b', 'a'] == 75 and t.loc['a', 'c'] == 0 and (np.diag(t) == 100).all()
+    t = agreement({'a': Says([0, 1, 2, 2]), 'b': Says([0, 1, 1, 2]), 'c': Says([1, 0, 0, 1])},
+                  torch.zeros(4, 1, 1, 1))
+    assert t.loc['a', 'b'] == t.loc['b', 'a'] == 75 and t.loc['a', 'c'] == 0
+    assert (np.diag(t) == 100).all()
 
 
 def test_only_dropout_is_switched_on():
-    "A judge with batch normalisation is the same judge before and after, and the same with the switch on if it has no dropout."
+    """A judge with batch normalisation is the same judge before and after, and the same with the
+    switch on if it has no dropout."""
     torch.manual_seed(0)
     x = torch.rand(50, 1, 32, 32)
     for network, changes in (('residual', False), ('strided', True)):
         judge = NETWORKS[network]()
         before = {k: v.clone() for k, v in judge.state_dict().items()}
         plain, dropped = judged(judge, x), [judged(judge, x, dropout=True) for _ in range(4)]
-        assert all(torch.equal(v, before[k]) for k, v in judge.state_dict().items()) and not any(m.training for m in judge.modules())
+        assert all(torch.equal(v, before[k]) for k, v in judge.state_dict().items())
+        assert not any(m.training for m in judge.modules())
         assert any(not torch.equal(d, plain) for d in dropped) == changes

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['FILES', 'MD5', 'SOURCES', 'FACTORS', 'SHAPES', 'SCALES', 'BITS', 'NPZ', 'CARTOON', 'HAIR', 'SKINS', 'HAIRS',
            'GROUNDS', 'INK', 'SHIRT', 'LIPS', 'ALL', 'ATTRIBUTES', 'PICTURES', 'ATTR', 'PARTITION', 'CELEBA_SIZE',
-           'BLOCK', 'LOADERS', 'SIZES', 'IMAGES', 'ImageData', 'pixels', 'DataError', 'in_range', 'as_images', 'resize',
-           'read_idx', 'genuine', 'data_folder', 'raw_folder', 'mirrors', 'call', 'npm', 'debian', 'idx', 'wheel',
-           'unpacked', 'found', 'fetched', 'fetch', 'raw', 'outline', 'gauge', 'least_scale', 'Bits', 'redrawn',
-           'published', 'npz_bits', 'dsprites', 'blob', 'blobs', 'coverage', 'ellipse', 'face', 'seen', 'grid',
-           'unless', 'painted', 'behind', 'head', 'fringe', 'eyes', 'glasses', 'nose_and_mouth', 'cartoon', 'cartoons',
-           'cartoon_attributes', 'celeba_folder', 'require_celeba', 'lines', 'attribute_table', 'celeba_listing',
-           'upright', 'bytes_of', 'opened', 'square', 'decode_block', 'stats', 'sample', 'fingerprints', 'locked',
-           'mapped', 'reserved', 'checksum', 'proven', 'decoded', 'repair', 'decode', 'celeba', 'faces', 'attributes',
-           'digits', 'idx_data', 'load', 'digest', 'is_set']
+           'BLOCK', 'LOADERS', 'SIZES', 'IMAGES', 'ImageData', 'pixels', 'DataError', 'as_images', 'resize', 'read_idx',
+           'genuine', 'data_folder', 'raw_folder', 'mirrors', 'call', 'npm', 'debian', 'idx', 'wheel', 'unpacked',
+           'found', 'fetched', 'fetch', 'raw', 'outline', 'gauge', 'least_scale', 'Bits', 'redrawn', 'published',
+           'npz_bits', 'dsprites', 'blob', 'blobs', 'coverage', 'ellipse', 'face', 'seen', 'grid', 'unless', 'painted',
+           'behind', 'head', 'fringe', 'eyes', 'glasses', 'nose_and_mouth', 'cartoon', 'cartoons', 'cartoon_attributes',
+           'celeba_folder', 'require_celeba', 'lines', 'attribute_table', 'celeba_listing', 'upright', 'bytes_of',
+           'opened', 'square', 'decode_block', 'stats', 'sample', 'fingerprints', 'locked', 'mapped', 'reserved',
+           'checksum', 'proven', 'decoded', 'repair', 'decode', 'celeba', 'faces', 'attributes', 'digits', 'idx_data',
+           'load', 'digest', 'is_set']
 
 # %% ../nbs/01_data.ipynb #9ad16616
 import fcntl, gzip, hashlib, json, math, os, shutil, subprocess, sys
@@ -48,36 +48,93 @@ class DataError(RuntimeError):
     "Data that are missing or damaged; the message says which file, and what to do."
 
 # %% ../nbs/01_data.ipynb #8c7e90dd
-def in_range(x):
-    """Images x as they are;
-    `DataError` unless floats are in [0, 1] and bytes use more of their range than 0 and 1."""
-    if x.dtype == torch.uint8 and len(x) and x[:1000].max() == 1 == x.max():
-        raise DataError('The images are bytes of 0 and 1, '
-                        'which is all but black: multiply them by 255.')
-    if not x.is_floating_point() or not len(x): return x
-    low, high = x.min().item(), x.max().item()
-    if 0 <= low and high <= 1: return x
-    odd = ('numbers that are not finite' if not math.isfinite(low + high)
-           else f'numbers from {low:.3g} to {high:.3g}')
-    raise DataError(f'The images have {odd}: give grey values in [0, 1], or bytes.')
+def as_tensor(x):
+    """An array, a tensor, an `ImageData`, or a list of arrays of one image each, as a tensor.
+    Raises `DataError` for anything else."""
+    if isinstance(x, ImageData): return as_tensor(x.x)
+    try:
+        if isinstance(x, list): return torch.stack([*map(as_tensor, x)])
+        if isinstance(x, np.ndarray):  # torch takes no other byte order, and warns of read-only ones
+            x = np.require(x, x.dtype.newbyteorder('='), 'CW')
+        return torch.as_tensor(x)
+    except Exception:  # nobody says which, of an object of any kind
+        kind = type(x).__name__ + (f' of {x.dtype}' if hasattr(x, 'dtype') else '')
+        raise DataError(f'must be a tensor or an array (N, C, H, W), not a {kind}.') from None
 
 # %% ../nbs/01_data.ipynb #d15c0106
-def as_images(x):
-    """Images as a tensor (N, C, H, W) of bytes or of float32 in [0, 1]: from arrays too,
-    other floats, truth values, whole numbers up to 255, and (N, H, W).
-    Raises `DataError` for anything else."""
-    try:
-        x = torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError):
-        raise DataError('Images are a tensor or an array (N, C, H, W), '
-                        f'not a {type(x).__name__}.') from None
+def remedy(found, want):
+    "What makes images with the shape `found`, (C, H, W), those of the shape `want`: a clause."
+    (c, h, w), (C, H, W) = found, want
+    if (w, c, h) == (C, H, W): return 'put the channels first: x.permute(0, 3, 1, 2)'
+    if c != C:
+        return {1: 'average their channels: pixels(x).mean(1, keepdim=True)',
+                3: 'repeat their channel: x.expand(-1, 3, -1, -1)'}.get(C, 'take other channels')
+    return f'resize them: vae_robust.data.resize(x, {H})'
+
+# %% ../nbs/01_data.ipynb #477e98d5
+def batched(x):
+    """A tensor of images (N, C, H, W) or (N, H, W), N > 0, as (N, C, H, W).
+    Raises `DataError` for other shapes."""
     x = x.unsqueeze(1) if x.ndim == 3 else x
-    if x.ndim != 4: raise DataError(f'Images have the shape (N, C, H, W), not {tuple(x.shape)}.')
-    if x.is_floating_point() or x.dtype == torch.bool: return in_range(x.float())
-    if x.dtype == torch.uint8 or not x.is_complex() and x.dtype.is_signed and (x == x.byte()).all():
-        return in_range(x.byte())
-    raise DataError(f'The images are {str(x.dtype).removeprefix("torch.")}: '
-                    'give grey values in [0, 1], or bytes.')
+    if x.ndim != 4: raise DataError(f'must have the shape (N, C, H, W), not {tuple(x.shape)}.')
+    if len(x) == 0: raise DataError('are none: give at least one.')
+    return x
+
+def of_shape(x, shape=None):
+    "Images x (N, C, H, W) as they are; `DataError` unless C, H, W are the `shape`, if there is one."
+    found, text = tuple(x.shape[1:]), lambda shape: ' x '.join(map(str, shape))
+    if shape is None or found == tuple(shape): return x
+    raise DataError(f'must be {text(shape)}, not {text(found)}: {remedy(found, shape)}.')
+
+# %% ../nbs/01_data.ipynb #7b6c9c24
+def meant(low, high):
+    "What numbers from `low` to `high` were before somebody changed them: advice."
+    if low >= 0: return f'divide them by {255 if high <= 255 else "the largest that there can be"}'
+    return 'take (x + 1)/2' if -1 <= low and high <= 1 else 'undo what standardised them'
+
+# %% ../nbs/01_data.ipynb #050c095f
+def grey(x):
+    """Floats x as float32 in [0, 1]; what rounding in their own type put beyond is cut off.
+    Raises `DataError` for other numbers."""
+    low, high = (v.item() for v in x.detach().aminmax())
+    if not math.isfinite(low + high):
+        first = (~x.isfinite()).flatten(1).any(1).nonzero()[0].item()
+        raise DataError(f'have numbers that are not finite, the first in image {first}: leave it out.')
+    slack = torch.finfo(x.dtype).eps
+    if low < -slack or high > 1 + slack:
+        raise DataError(f'have numbers from {low:.6g} to {high:.6g}, and grey values go from 0 to 1: '
+                        f'{meant(low, high)}.')
+    return x.float() if 0 <= low and high <= 1 else x.float().clamp(0, 1)
+
+# %% ../nbs/01_data.ipynb #8532ca9d
+def whole(x):
+    """Whole numbers x as bytes. Raises `DataError` if they go beyond 255,
+    or not beyond 1, which as grey values is all but black."""
+    kind = str(x.dtype).removeprefix('torch.')
+    if x.is_complex(): raise DataError(f'are {kind}: give grey values in [0, 1], or bytes.')
+    if x.dtype != torch.uint8:
+        low, high = (v.item() for v in x.long().aminmax())
+        if low < 0 or high > 255:
+            raise DataError(f'are {kind}, from {low} to {high}, and bytes go from 0 to 255: '
+                            'give those, or grey values in [0, 1].')
+    x = x.byte()
+    if x[:1000].max() == 1 == x.max():
+        raise DataError('are bytes of 0 and 1, which is all but black: multiply them by 255.')
+    return x
+
+# %% ../nbs/01_data.ipynb #d2014963
+def as_images(x, shape=None, who='The images', error=DataError):
+    """Images as a tensor (N, C, H, W) of bytes or of float32 in [0, 1]; C, H, W as in `shape`, if
+    given. Takes tensors, arrays, lists of them, `ImageData` and `Bits`, with bytes, floats of any
+    type, truth values and whole numbers up to 255, and (N, H, W).
+    Raises `error` for anything else, with `who` they are as the subject of its sentence."""
+    try:
+        if isinstance(x, Bits): return of_shape(x, shape)
+        x = of_shape(batched(as_tensor(x)), shape)
+        x = x.float() if x.dtype == torch.bool else x
+        return grey(x) if x.is_floating_point() else whole(x)
+    except DataError as e:
+        raise error(f'{who} {e}') from None
 
 # %% ../nbs/01_data.ipynb #ae92ac98
 def resize(x, size):

@@ -8,7 +8,9 @@ __all__ = ['in_training_mode', 'stochastic', 'without_slope', 'left_the_ball', '
            'diagnose']
 
 # %% ../nbs/22_diagnosis.ipynb #829b9515
+import math
 from functools import partial
+from .attacks import modules_of
 from .discrete import has_code
 from .data import pixels
 from .optimisers import BALLS
@@ -18,9 +20,9 @@ from .statistics import beats, mean_rate
 import torch
 
 # %% ../nbs/22_diagnosis.ipynb #09fa13b7
-def in_training_mode(*modules):
+def in_training_mode(*models):
     "A module in training mode is another function at each call."
-    names = [type(m).__name__ for m in modules if getattr(m, 'training', False)]
+    names = [type(m).__name__ for m in modules_of(*models) if m.training]
     if not names: return ''
     return f'{names[0]} is in training mode: its answers, and failures of the attack, may be luck.'
 
@@ -115,6 +117,10 @@ def masked_by_code(model, judge, preset, test, seed=0, carried=None):
     carried = missed(latent) if carried is None else carried
     return hidden_by_code(missed(preset), missed(knows), carried)
 
+# %% ../nbs/22_diagnosis.ipynb #d8be38be
+NOTHING_RECOGNISED = ('The judge recognises the reconstruction of no source, so there is nothing to lose: '
+                      'look at model and judge before attacks.')
+
 # %% ../nbs/22_diagnosis.ipynb #2435d624
 def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     """What looks wrong with an `AttackPreset` on `model`: a list of sentences, empty if nothing
@@ -125,6 +131,7 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
         c = evaluate(model, judge, preset.model_copy(update=kw), test, seed, progress=False)
         return mean_rate(c.missed, c.kept)[0]
     run, own = attacked(model, judge, preset, test, seed, progress=False), rate()
+    if math.isnan(own): return [NOTHING_RECOGNISED]
     rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found),
               left_the_ball(run.found.x, run.x, preset),
               not_converged(own, rate(steps=2*preset.steps)),

@@ -4,14 +4,14 @@ r"""A view of an image, and a distance from the view of the target: $\;J(x') = \
 
 # %% auto #0
 __all__ = ['FEATURES', 'OBJECTIVES', 'NEEDS_JUDGE', 'means', 'logits', 'log_probs', 'codes', 'expected', 'AttackError',
-           'as_posterior', 'posterior', 'features', 'reconstruction', 'Softened', 'norm', 'euclidean', 'squared',
-           'divergence', 'reverse', 'symmetric', 'wasserstein', 'cross_entropy', 'margin', 'behind', 'negative_bound',
-           'toward', 'latent', 'opposite', 'penalised', 'objective_of']
+           'unwrapped', 'as_posterior', 'posterior', 'features', 'reconstruction', 'Softened', 'norm', 'euclidean',
+           'squared', 'divergence', 'reverse', 'symmetric', 'wasserstein', 'cross_entropy', 'margin', 'behind',
+           'negative_bound', 'toward', 'latent', 'opposite', 'penalised', 'objective_of']
 
 # %% ../nbs/13_objectives.ipynb #0cdfb7d2
 import math
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from torch.distributions import Distribution, OneHotCategorical, kl_divergence
 from torch.nn import functional as F
 from .vae import Posterior, kl
@@ -52,6 +52,13 @@ FEATURES = {'means': means, 'logits': logits, 'log_probs': log_probs, 'codes': c
 class AttackError(ValueError):
     "An attack that cannot be run; the message says what was wrong."
 
+# %% ../nbs/13_objectives.ipynb #0aaecd39
+def unwrapped(model):
+    "The module inside a compiled or (distributed) data-parallel one; anything else as it is."
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    inside = model.module if isinstance(model, parallel) else getattr(model, '_orig_mod', None)
+    return model if inside is None else unwrapped(inside)
+
 # %% ../nbs/13_objectives.ipynb #979bf0a5
 def as_posterior(found):
     "A `Posterior` as it is, a distribution as the `z` of one; `AttackError` for anything else."
@@ -82,8 +89,12 @@ def features(model, name='means'):
 # %% ../nbs/13_objectives.ipynb #6411143b
 def reconstruction(model):
     """The view g(x), images decoded from the expected code; a function without `.decode`
-    reconstructs by itself."""
-    return (lambda x: model.decode(codes(model)(x))) if hasattr(model, 'decode') else model
+    reconstructs by itself. Raises `AttackError` for a model with `.decode` and no `.posterior`."""
+    if not hasattr(model, 'decode'): return model
+    if hasattr(model, 'posterior'): return lambda x: model.decode(codes(model)(x))
+    raise AttackError(f'{type(model).__name__} has .decode but no .posterior(x), so nobody knows what '
+                      'it decodes: give the function from images to reconstructions, such as '
+                      'lambda x: model.decode(model.encode(x)[0]).')
 
 # %% ../nbs/13_objectives.ipynb #1fb59dcc
 class Softened:

@@ -9,6 +9,7 @@ __all__ = ['BALLS', 'HALVINGS', 'OPTIMISERS', 'project', 'project_l2', 'Ball', '
 
 # %% ../nbs/14_optimisers.ipynb #f39c6f01
 import math
+from contextlib import suppress
 from copy import deepcopy
 from typing import Callable, NamedTuple
 import torch
@@ -84,6 +85,14 @@ def guarded(loss, xs, slope=True):
         value, g = value.masked_fill(failed, math.inf), g.masked_fill(bcast(failed, g), 0)
     return value, g, failed, slope*(steepest == 0)
 
+# %% ../nbs/14_optimisers.ipynb #99127185
+def unit_of(g, low=2.**-14, high=2.**40):
+    """Powers of two, (B,), that bring gradients g near one where their largest entry is not from
+    `low` to `high`."""
+    size = g.abs().flatten(1).amax(1)
+    power = torch.exp2(-torch.log2(size.clamp(min=torch.finfo(g.dtype).tiny)).round())
+    return power.where((size > 0) & ((size < low) | (size > high)), torch.ones_like(size))
+
 # %% ../nbs/14_optimisers.ipynb #beec518d
 class Watched:
     """A `loss`, images to (B,), that remembers of each image its `best` version by `rank` (the
@@ -96,14 +105,16 @@ class Watched:
 
     def __call__(self, xs, slope=True):
         """xs, values, gradients as `guarded` has them, but failed images are their best version so
-        far."""
+        far, and gradients are times `unit`, (B,)."""
         xs = xs.detach()
         value, g, failed, flat = guarded(self.loss, xs, slope)
+        self.unit = self.unit if self.trace else unit_of(g)
         self.nans, self.zeros = self.nans + failed.int(), self.zeros + flat.int()
         self.keep(xs, value, failed)
         self.trace.append(value)
         self.tick(len(xs))
-        return torch.where(bcast(failed, xs), self.best, xs) if failed.any() else xs, value, g
+        xs = torch.where(bcast(failed, xs), self.best, xs) if failed.any() else xs
+        return xs, value, g*bcast(self.unit, g)
 
     def keep(self, xs, value, failed):
         "Remember those of images xs that are the best so far."
@@ -135,13 +146,13 @@ def adam(loss, start, x, eps, steps, step, accumulate=False, best=False, ball='l
         opt.step()
         with torch.no_grad():
             xs.copy_(project(xs, x, eps))
-    last, _, _ = f(project(xs.detach(), x, eps))
-    return project(f.best if best or f.done else last, x, eps)
+    last = f.best if f.trace and f.done else f(project(xs.detach(), x, eps))[0]
+    return project(f.best if best else last, x, eps)
 
 # %% ../nbs/14_optimisers.ipynb #d149c30b
 def descend(loss, start, x, eps, steps, step, direction, ball='linf'):
-    """Of `steps` iterates from `start` the best for each image: down `loss`, (B, ...) to (B,),
-    along -`direction`(g), g of mean size one, by `step`*`eps`, which decays to 0 along half a cosine."""
+    """The best of `steps` iterates from `start` for each image: down `loss`, (B, ...) to (B,), along
+    -`direction`(g), g of mean size one, by `step`*`eps`, which decays to 0 along half a cosine."""
     f, project = watched(loss), BALLS[ball].project
     xs = project(start, x, eps)
     for i in range(steps + 1):
@@ -217,22 +228,30 @@ def rmsprop(loss, start, x, eps, steps, step, beta=.85, gamma=.95, ball='linf'):
     "`descend` along (14.4)."
     return descend(loss, start, x, eps, steps, step, with_memory(beta, gamma), ball)
 
+# %% ../nbs/14_optimisers.ipynb #c78fc24d
+def only_linf(ball, why):
+    "Raise `AttackError`, which says `why`, unless the ball is a box."
+    if ball != 'linf': raise AttackError(f'{why}: use ball = linf (eps = 1 is the box).')
+
 # %% ../nbs/14_optimisers.ipynb #af258f5c
 def lbfgs(loss, start, x, eps, steps, step=None, ball='linf'):
-    """About `steps` evaluations of scipy's L-BFGS-B on the sum of `loss`, meant for one image at a
-    time; the best evaluated."""
+    """About `steps` evaluations of scipy's L-BFGS-B on the sum of `loss`, in units of its first
+    slope, meant for one image at a time; the best evaluated."""
     from scipy.optimize import minimize  # here, since it takes longer to load than all the rest
-    if ball != 'linf':
-        raise AttackError('L-BFGS-B knows bounds and no other ball: use ball = linf '
-                          '(eps = 1 is the box).')
-    f, flat = watched(loss), lambda a: project(a, x, eps).double().flatten().cpu().numpy()
+    only_linf(ball, 'L-BFGS-B knows bounds and no other ball')
+    f, scale = watched(loss), None
+    flat = lambda a: project(a, x, eps).double().flatten().cpu().numpy()
     image = lambda v: project(torch.as_tensor(v, dtype=x.dtype, device=x.device).view_as(x), x, eps)
     def fun(v):
+        nonlocal scale
+        if f.trace and f.done: raise StopIteration
         _, value, g = f(image(v))
-        return value.sum().item(), g.double().flatten().cpu().numpy()
+        scale = scale or 1/(g.abs().max().item() or 1)
+        return scale*(value*f.unit).sum().item(), scale*g.double().flatten().cpu().numpy()
     bounds = list(zip(flat(torch.zeros_like(x)), flat(torch.ones_like(x))))
-    minimize(fun, flat(start), jac=True, method='L-BFGS-B', bounds=bounds,
-             options={'maxfun': max(steps, 1)})
+    with suppress(StopIteration):
+        minimize(fun, flat(start), jac=True, method='L-BFGS-B', bounds=bounds,
+                 options={'maxfun': max(steps, 1)})
     return f.best
 
 # %% ../nbs/14_optimisers.ipynb #adacd6d9
@@ -244,30 +263,36 @@ def side(share, n):
     return max(round((share*n)**.5), 1)
 
 # %% ../nbs/14_optimisers.ipynb #1236d39b
-def squares(s, shape, g):
-    """One square of side `s` at a random place in each image of `shape` (B, C, H, W): bool (B, 1,
-    H, W)."""
-    B, _, H, W = shape
+def squares(s, shape, u):
+    """One square of side `s` in each image of `shape` (B, C, H, W), at places given by numbers u in
+    [0, 1), (B, 2): bool (B, 1, H, W)."""
+    _, _, H, W = shape
     rows, columns = torch.arange(H).view(1, 1, H, 1), torch.arange(W)
-    top, left = (torch.randint(n - s + 1, (B, 1, 1, 1), generator=g) for n in (H, W))
+    top, left = ((u[:, i]*(n - s + 1)).long().view(-1, 1, 1, 1) for i, n in enumerate((H, W)))
     inside = lambda place: place.clamp(0, s - 1) == place
     return inside(rows - top) & inside(columns - left)
 
+# %% ../nbs/14_optimisers.ipynb #fc348462
+def drawn(seeds, *shape):
+    "Numbers in [0, 1) for each of `seeds`, (B, *shape)."
+    dice = [torch.Generator().manual_seed(s) for s in seeds]
+    return torch.stack([torch.rand(shape, generator=g) for g in dice])
+
 # %% ../nbs/14_optimisers.ipynb #c004fd9a
-def square(loss, start, x, eps, steps, step=.3, ball='linf'):
+def square(loss, start, x, eps, steps, step=.3, ball='linf', seeds=None):
     """Random search without gradients from `start`: `steps` squares set to x +- `eps`, kept where
-    they lower `loss`; the best for each image. `step`: the first square's share of the image.
-    Images (B, C, H, W)."""
-    if ball != 'linf':
-        raise AttackError('The square attack fills its ball to the corners: use ball = linf.')
-    f, g, (B, C, H, W) = watched(loss), torch.Generator().manual_seed(0), x.shape
+    they lower `loss`; the best for each image. `step`: the first square's share of the image;
+    `seeds`: one for each image (default 0 to B - 1). Images (B, C, H, W)."""
+    only_linf(ball, 'The square attack fills its ball to the corners')
+    f, (_, C, H, W) = watched(loss), x.shape
+    u = drawn(range(len(x)) if seeds is None else seeds, steps, 2 + C)
     f(project(start, x, eps), slope=False)
     for i in range(steps):
         if f.done: break
         share = step/2**sum(i >= h*steps for h in HALVINGS)
-        inside = squares(min(side(share, H*W), H, W), x.shape, g).to(x.device)
-        sign = 2.*torch.randint(2, (B, C, 1, 1), generator=g) - 1
-        f(project(torch.where(inside, x + eps*sign.to(x), f.best), x, eps), slope=False)
+        inside = squares(min(side(share, H*W), H, W), x.shape, u[:, i]).to(x.device)
+        sign = (u[:, i, 2:].to(x) - .5).sign()[..., None, None]
+        f(project(torch.where(inside, x + eps*sign, f.best), x, eps), slope=False)
     return f.best
 
 # %% ../nbs/14_optimisers.ipynb #c9f7e691

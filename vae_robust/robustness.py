@@ -4,8 +4,8 @@ r"""Of the images whose reconstruction was right before the attack, which share 
 
 # %% auto #0
 __all__ = ['PORTION', 'pairs', 'cut', 'counts', 'rates', 'reconstruct', 'Pairs', 'attacked', 'rows_of', 'trial', 'verdicts',
-           'exchange_rates', 'evaluate', 'kept', 'together', 'tally', 'against_radius', 'auddc', 'distortions',
-           'auddcs', 'window', 'ssim', 'jacobians', 'spectrum', 'stays_within', 'margins', 'worst', 'transfer']
+           'evaluate', 'kept', 'together', 'tally', 'against_radius', 'auddc', 'distortions', 'auddcs', 'window',
+           'ssim', 'jacobians', 'spectrum', 'stays_within', 'margins', 'worst', 'transfer']
 
 # %% ../nbs/21_robustness.ipynb #fc165ab9
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch.func import jacrev, vmap
 from .attacks import attack
 from .data import pixels
 from .judges import judged
-from .objectives import features, norm, objective_of
+from .objectives import features, norm
 from .optimisers import BALLS
 from .statistics import mean_rate, wilson
 from .training import keep_memory, one_thread
@@ -85,10 +85,8 @@ def attacked(model, judge, preset, test, seed=0, desc='attack', progress=True, i
     x, x_t = pixels(test.x[index]).unbind(1)
     keep_memory()
     with one_thread():  # the same bytes on any number of cores, and no slower on small networks
-        lam = exchange_rates(model, x, x_t, preset) if preset.relative else None
         x_t = None if preset.goal == 'away' else x_t
-        found = attack(model, x, x_t, preset, seed=seed, desc=desc, progress=progress, judge=judge,
-                       lam=lam)
+        found = attack(model, x, x_t, preset, seed=seed, desc=desc, progress=progress, judge=judge)
     return Pairs(index, test.y[index], x, found)
 
 # %% ../nbs/21_robustness.ipynb #6ba14c21
@@ -130,14 +128,6 @@ def verdicts(model, judges, preset, images, seed=0):
                      for name, judge in judges.items()}
     return seen
 
-# %% ../nbs/21_robustness.ipynb #013ef585
-@torch.no_grad()
-def exchange_rates(model, x, x_t, preset):
-    "Weights of the pixel norm for each pair of images, (B,), by (21.2), for `preset.lam` = lambda."
-    parts = zip(x.split(1000), x_t.split(1000))
-    J = torch.cat([objective_of(preset, model, a, t)(a) for a, t in parts])
-    return preset.lam*J/(x_t - x).flatten(1).norm(dim=1)
-
 # %% ../nbs/21_robustness.ipynb #6162af90
 def evaluate(model, judge, preset, test, seed=0, desc='attack', progress=True):
     "`counts`, as `judge` sees them, of an `AttackPreset` on `model`: those of its `trial`."
@@ -175,7 +165,7 @@ def against_radius(model, judge, preset, test, radii, seed=0):
 
 # %% ../nbs/21_robustness.ipynb #80afab36
 def auddc(u, v):
-    """Area under the falling curve through (0, 1), the points (21.3) `u`, `v` (T,) of attacks of
+    """Area under the falling curve through (0, 1), the points (21.2) `u`, `v` (T,) of attacks of
     several sizes, and (1, 0); in [0, 1], low = easy."""
     u, v = (np.concatenate([[a], np.clip(b, 0, 1), [1 - a]]) for a, b in ((0., u), (1., v)))
     order = np.argsort(u, kind='stable')
@@ -183,7 +173,7 @@ def auddc(u, v):
 
 # %% ../nbs/21_robustness.ipynb #98017c29
 def distortions(model, x, x_t, xs):
-    "u and v of (21.3) for sources, targets and adversarial images: two (B,)."
+    "u and v of (21.2) for sources, targets and adversarial images: two (B,)."
     d = lambda a, b: norm(a - b)
     before, after, goal = (reconstruct(model, a) for a in (x, xs, x_t))
     return d(xs, x)/d(x_t, x), d(after, goal)/d(before, goal)
@@ -205,7 +195,7 @@ def window(width=11, sigma=1.5):
 
 # %% ../nbs/21_robustness.ipynb #ea28a5c2
 def ssim(a, b):
-    """Structural similarity (21.4) of images a and b (B, C, H, W) with grey values in [0, 1]:
+    """Structural similarity (21.3) of images a and b (B, C, H, W) with grey values in [0, 1]:
     (B,), in [-1, 1]. Whole windows only: H, W >= 11."""
     smooth = lambda x: F.conv2d(x.flatten(0, 1).unsqueeze(1), window().to(x))
     (ma, mb), c1, c2 = (smooth(a), smooth(b)), .01**2, .03**2
@@ -238,9 +228,9 @@ def stays_within(model, x, r, n=200):
 
 # %% ../nbs/21_robustness.ipynb #c37d0ff3
 def margins(model, x, p):
-    """The radii (21.5) up to which images x are r-robust to first order, for p (B,) as
+    """The radii (21.4) up to which images x are r-robust to first order, for p (B,) as
     `stays_within` gives it: R and its lower bound; < 0 if p < .5. p is cut to [.001, .999], so
-    that R is at most 3.09 divided by the largest singular value in (21.5)."""
+    that R is at most 3.09 divided by the largest singular value in (21.4)."""
     J, sd = jacobians(features(model, 'means'), x), model.posterior(x).z.stddev.detach()
     z = torch.as_tensor(gaussian.ppf(p.clamp(1e-3, 1 - 1e-3)), dtype=x.dtype)
     R = z/torch.linalg.matrix_norm(J/sd[..., None], 2)

@@ -20,7 +20,7 @@ from ..objectives import features, norm, posterior, reconstruction, symmetric, t
 from ..data import attributes, cartoons, digest, load, pixels
 from ..metrics import dci, encode, mig
 from ..judges import Classified, normed
-from ..robustness import auddc, distortions, exchange_rates, reconstruct
+from ..robustness import auddc, distortions, reconstruct
 from ..statistics import welch
 from ..settings import preset, root, save_figure, save_table, smoke
 from ..studies import Cell, Makers, ask, cells_of, models_of, prepare, restore, table_of
@@ -136,8 +136,7 @@ def through_judge(model, x_t, name, judge):
 def attacked_faces(model, judge, a, x, x_t, seed=0):
     "Adversarial images (P, 3, 64, 64) of sources x with targets x_t under an `AttackPreset`; its objective 'judge' means `through_judge`."
     with one_thread():
-        return attack(model, x, None if a.goal == 'away' else x_t, a, seed=seed, progress=False, judge=judge, make=through_judge if a.objective == 'judge' else None,
-                      lam=exchange_rates(model, x, x_t, a) if a.relative else None).x
+        return attack(model, x, None if a.goal == 'away' else x_t, a, seed=seed, progress=False, judge=judge, make=through_judge if a.objective == 'judge' else None).x
 
 # %% ../../nbs/24_faces.ipynb #8381bd69
 def face_pairs(n, total, seed=0):

@@ -135,7 +135,7 @@ def steepness(model, x):
 
 # %% ../../nbs/26_verdict.ipynb #58b2f31e
 def likeness(model, test, n=100):
-    """What a model is like without an attack: `steepness` and median margin (21.5) at the first `n` images, mean deviation of the posterior, its Gaussian
+    """What a model is like without an attack: `steepness` and median margin (21.4) at the first `n` images, mean deviation of the posterior, its Gaussian
     total correlation (11.13) in nats and mean error ||g(x) - x|| on the first 1000."""
     x, y = pixels(test.x[:1000]), test.y[:1000]
     with torch.no_grad(): q, error = model.posterior(x), norm(model(x) - x).mean().item()
