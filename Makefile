@@ -1,5 +1,6 @@
 # make run    set up, then the main job: train or load the models, attack them, print the tables, write figures/
 # make test   set up, then every test          make lab     set up, then open the notebooks
+# make test-all  the same with 1,000 draws of random attacks instead of 60, then all broken formulas
 # make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/
 # make lint   export, then look for wide lines, unused names and other slips; `pre-commit install` does it at every commit
 # make site   the notebooks as web pages, to be read without a network: _site/index.html
@@ -13,7 +14,7 @@ PEERS = pythae==0.1.2 imageio==2.38.1 cloudpickle==3.1.2 \
 	foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 \
 	torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 cleverhans==4.0.0
 
-.PHONY: run test lab export lint site bench break clean setup
+.PHONY: run test test-all lab export lint site bench break clean setup
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -21,6 +22,10 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-all: $(READY)
+	VAE_ROBUST_DRAWS=1000 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python tests/break_formulas.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import hypothesis.strategies as st
 import numpy as np, pytest, torch
@@ -14,8 +15,8 @@ from vae_robust.objectives import (OBJECTIVES, AttackError, Softened, codes, cro
                                    divergence, expected, latent, log_probs, logits, margin, means,
                                    negative_bound, norm, objective_of, penalised, reconstruction,
                                    squared, wasserstein)
-from vae_robust.optimisers import (Folded, Unfolded, Watched, adam, apgd, checkpoints, lbfgs, pgd,
-                                   project, project_l2, quick, rmsprop, value_and_gradient)
+from vae_robust.optimisers import (OPTIMISERS, Folded, Unfolded, Watched, adam, apgd, checkpoints,
+                                   lbfgs, pgd, project, project_l2, quick, rmsprop, value_and_gradient)
 from vae_robust.settings import SettingsError, preset, read_settings
 from vae_robust.vae import VAE, Posterior, parts
 
@@ -183,8 +184,9 @@ STRONG = preset('attack.strong', steps=3)
     (images(3, 0), torch.cat([images(2, 0), images(1, 0)*float('nan')]),
      'Targets contain NaN: the first is image 2'),
     (images(3, 0), images(3, 0) - 1, r'Targets must lie in \[0, 1\]'),
-    ((images(3, 0)*255).byte(), images(3, 0), 'float images .* not torch.uint8'),
-    (torch.rand(3), torch.rand(3), 'float images'),
+    ((images(3, 0)*300).int(), images(3, 0), 'Sources are int32, .* bytes go from 0 to 255'),
+    (torch.rand(3), torch.rand(3), r'must have the shape \(N, C, H, W\)'),
+    ('three pictures', images(3, 0), 'Sources must be a tensor or an array'),
     (images(3, 0), None, 'no targets'),
 ])
 def test_unusable_images_get_one_sentence(x, x_t, words):
@@ -197,8 +199,8 @@ def test_unusable_images_get_one_sentence(x, x_t, words):
     (nn.Dropout(), {}, {}, 'Dropout is in training mode'),
     (nn.Dropout().forward, {}, {}, 'Dropout is in training mode'),
     (toy(), {}, {'judge': nn.Dropout()}, 'training mode'),
-    (toy(), {}, {'eps': torch.tensor([.1, 0, .1])}, 'radius must be positive, not 0'),
-    (toy(), {}, {'eps': torch.tensor([.1, -1, .1])}, 'radius must be positive, not -1'),
+    (toy(), {}, {'eps': torch.tensor([.1, 0, .1])}, 'eps must be positive, not 0'),
+    (toy(), {}, {'eps': torch.tensor([.1, -1, .1])}, 'eps must be positive, not -1'),
     (toy(), {'optimiser': 'adam'}, {'eps': torch.full((3,), .1)}, 'one radius'),
     (toy(), {'objective': 'judge'}, {}, 'objective = judge needs a judge'),
     (toy(), {'goal': 'away'}, {}, 'needs noise'),
@@ -371,7 +373,8 @@ def test_every_objective_of_a_preset_exists_and_lowers_itself(model, digits):
         if not name.startswith('attack.') or name in ('attack.none', 'attack.noise',
                                                       'attack.lbfgs'):
             continue
-        a = preset(name, steps=min(preset(name).steps, 4), noise=min(preset(name).noise, .01),
+        steps = 40 if preset(name).optimiser == 'square' else 4
+        a = preset(name, steps=min(preset(name).steps, steps), noise=min(preset(name).noise, .01),
                    lam=0, accumulate=False, eps=min(preset(name).eps, .01))
         found = attack(model, digits[:4], digits[4:8], a, judge=judge, progress=False)
         if a.optimiser != 'adam':  # the thesis's returns its last image, good or bad
@@ -803,3 +806,80 @@ def test_the_square_attack_finds_the_corner_of_a_one_pixel_image_and_refuses_the
                       progress=False).x.item() - .6) < 1e-6
     with pytest.raises(AttackError, match='square attack'):
         attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', ball='l2'), progress=False)
+
+
+# ---------------------------------------------------------------- what users met
+
+def linear(n=5):
+    "A linear encoder of images 8 x 8."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, n)).eval()
+
+
+FEW = dict(steps=3, lam=.1)
+
+
+@pytest.mark.parametrize('key, value, words', [
+    ('eps', torch.full((1,), .1), 'one for each of the 6 images'),
+    ('eps', [.1]*5, 'one for each of the 6 images'),
+    ('lam', torch.full((256,), .1), 'one for each of the 6 images'),
+    ('eps', torch.tensor([.1]*5 + [0.]), 'eps must be positive, not 0'),
+    ('eps', torch.full((6,), 8.), 'eps = 8 is more than the whole range of grey values'),
+    ('lam', [0.]*5 + [float('nan')], 'lam must be finite and not negative, not nan')])
+def test_numbers_per_image_are_checked(key, value, words):
+    x = images(6, 0)
+    with pytest.raises(AttackError, match=words):
+        attack(linear(), x, x.flip(0), preset('attack.strong', **FEW), progress=False, **{key: value})
+
+
+@pytest.mark.parametrize('key', ['eps', 'lam'])
+@pytest.mark.parametrize('kind', [float, np.float32, torch.tensor, lambda v: [v]*6,
+                                  lambda v: np.full(6, v)])
+def test_a_number_may_be_of_any_kind(key, kind):
+    x, p = images(6, 0), preset('attack.strong', **FEW)
+    found = attack(linear(), x, x.flip(0), p, progress=False, **{key: kind(.25)})
+    of_preset = attack(linear(), x, x.flip(0), p.model_copy(update={key: .25}), progress=False)
+    torch.testing.assert_close(found.x, of_preset.x)
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, partial(torch.autocast, 'cpu', torch.bfloat16)])
+def test_the_place_of_the_call_does_not_matter(context):
+    x, p = images(6, 0), preset('attack.strong', **FEW)
+    outside = attack(linear(), x, x.flip(0), p, progress=False)
+    with context():
+        inside = attack(linear(), x.clone().requires_grad_(), x.flip(0), p, progress=False)
+    assert torch.equal(inside.x, outside.x) and torch.equal(inside.after, outside.after)
+    with torch.inference_mode(), pytest.raises(AttackError, match='nothing has a gradient'):
+        attack(linear(), x, x.flip(0), p, progress=False)
+
+
+@pytest.mark.parametrize('kind', [lambda b: b, lambda b: b.numpy(), lambda b: b[:, 0],
+                                  lambda b: (b/255).numpy(), lambda b: b.double()/255])
+def test_images_may_come_as_bytes_and_arrays(kind):
+    b, p = (255*images(6, 0)).round().byte(), preset('attack.strong', **FEW)
+    want = attack(linear(), b/255, b.flip(0)/255, p, progress=False)
+    encoder = lambda x: linear().to(x.dtype)(x)
+    found = attack(encoder, kind(b), kind(b.flip(0)), p, progress=False)
+    torch.testing.assert_close(found.x.float(), want.x, atol=1e-4, rtol=0)
+
+
+def test_the_square_attack_obeys_its_seed_and_not_its_batch():
+    x, p = images(6, 0), preset('attack.square', steps=20)
+    run = lambda **kw: attack(linear(), x, x.flip(0), p, progress=False, **kw).x
+    assert torch.equal(run(), run(batch=1)) and torch.equal(run(), run(batch=4))
+    assert not torch.equal(run(), run(seed=1)) and torch.equal(run(seed=1), run(seed=1))
+
+
+@pytest.mark.parametrize('optimiser', OPTIMISERS)
+def test_all_obey_stop_within_one_evaluation(optimiser):
+    x = images(3, 0)
+    p = preset('attack.signs', optimiser=optimiser, step=.3, steps=20, best=True, stop=1e9)
+    assert attack(linear(), x, x.flip(0), p, progress=False).evaluations.tolist() == [1, 1, 1]
+
+
+def test_a_wrapped_model_is_attacked_as_what_it_wraps(model, digits):
+    run = lambda m: attack(m, digits[:4], digits[4:8], preset('attack.strong', **FEW), progress=False)
+    assert torch.equal(run(nn.DataParallel(model).eval()).x, run(model).x)
+    foreign = SimpleNamespace(decode=len, encode=len)
+    with pytest.raises(AttackError, match='has .decode but no .posterior'):
+        attack(foreign, digits[:4], digits[4:8], preset('attack.output'), progress=False)

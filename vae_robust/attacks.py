@@ -10,7 +10,6 @@ __all__ = ['as_batch', 'as_pairs', 'per_image', 'as_radii', 'modules_of', 'check
 # %% ../nbs/16_attacks.ipynb #b4e0e234
 import math
 from functools import partial
-from itertools import repeat
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import NamedTuple
 import numpy as np, torch
@@ -18,9 +17,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .discrete import planned
-from .data import as_images, pixels
 from .objectives import NEEDS_JUDGE, AttackError, norm, objective_of, penalised, unwrapped
-from .settings import in_grey_values
 from .optimisers import BALLS, OPTIMISERS, Watched, bcast, quick, value_of
 
 # %% ../nbs/16_attacks.ipynb #d02a7cea
@@ -28,6 +25,7 @@ def as_batch(who, a):
     """Images `a` in [0, 1], (B, ...), floats as they are and whatever else `as_images` takes as
     float32; `AttackError`, with `who` they are, for anything else."""
     if not (isinstance(a, Tensor) and a.is_floating_point() and a.ndim > 1):
+        from vae_robust.data import as_images, pixels  # here, since they take pandas along
         return pixels(as_images(a, who=who, error=AttackError))
     if len(a) == 0:
         raise AttackError(f'There is nothing to attack: the batch of {who.lower()} is empty.')
@@ -66,8 +64,10 @@ def per_image(name, a, x, rule, fits):
 # %% ../nbs/16_attacks.ipynb #5cc37f3b
 def as_radii(preset, eps, x):
     "`eps`, by default that of an `AttackPreset`, `per_image`, in the range that a preset may have."
+    if eps is None: return preset.eps
+    from vae_robust.settings import in_grey_values  # here, since it takes pandas along
     positive = lambda a: (a > 0) & (a < math.inf)
-    eps = per_image('eps', preset.eps if eps is None else eps, x, 'positive', positive)
+    eps = per_image('eps', eps, x, 'positive', positive)
     try:
         in_grey_values(preset.model_copy(update={'eps': float(torch.as_tensor(eps).max())}))
     except ValueError as e:
@@ -264,7 +264,7 @@ def relative_weights(model, x, x_t, preset, judge=None, make=None):
     targets x_t."""
     parts = zip(x.split(1000), x_t.split(1000))
     J = [value_of(objective_of(preset, model, a, t, judge, make), a) for a, t in parts]
-    return (preset.lam*torch.cat(J)/norm(x_t - x)).nan_to_num(0, posinf=0)
+    return (preset.lam*torch.cat(J)/norm(x_t - x)).nan_to_num(0, posinf=0).clamp(min=0)
 
 # %% ../nbs/16_attacks.ipynb #70626c38
 def as_weights(model, x, x_t, preset, judge, make, lam=None):
