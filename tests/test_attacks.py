@@ -810,10 +810,10 @@ def test_the_square_attack_finds_the_corner_of_a_one_pixel_image_and_refuses_the
 
 # ---------------------------------------------------------------- what users met
 
-def linear(n=5):
-    "A linear encoder of images 8 x 8."
+def five():
+    "A linear encoder of images 8 x 8 to five numbers."
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, n)).eval()
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
 
 
 FEW = dict(steps=3, lam=.1)
@@ -829,7 +829,7 @@ FEW = dict(steps=3, lam=.1)
 def test_numbers_per_image_are_checked(key, value, words):
     x = images(6, 0)
     with pytest.raises(AttackError, match=words):
-        attack(linear(), x, x.flip(0), preset('attack.strong', **FEW), progress=False, **{key: value})
+        attack(five(), x, x.flip(0), preset('attack.strong', **FEW), progress=False, **{key: value})
 
 
 @pytest.mark.parametrize('key', ['eps', 'lam'])
@@ -837,35 +837,35 @@ def test_numbers_per_image_are_checked(key, value, words):
                                   lambda v: np.full(6, v)])
 def test_a_number_may_be_of_any_kind(key, kind):
     x, p = images(6, 0), preset('attack.strong', **FEW)
-    found = attack(linear(), x, x.flip(0), p, progress=False, **{key: kind(.25)})
-    of_preset = attack(linear(), x, x.flip(0), p.model_copy(update={key: .25}), progress=False)
+    found = attack(five(), x, x.flip(0), p, progress=False, **{key: kind(.25)})
+    of_preset = attack(five(), x, x.flip(0), p.model_copy(update={key: .25}), progress=False)
     torch.testing.assert_close(found.x, of_preset.x)
 
 
 @pytest.mark.parametrize('context', [torch.no_grad, partial(torch.autocast, 'cpu', torch.bfloat16)])
 def test_the_place_of_the_call_does_not_matter(context):
     x, p = images(6, 0), preset('attack.strong', **FEW)
-    outside = attack(linear(), x, x.flip(0), p, progress=False)
+    outside = attack(five(), x, x.flip(0), p, progress=False)
     with context():
-        inside = attack(linear(), x.clone().requires_grad_(), x.flip(0), p, progress=False)
+        inside = attack(five(), x.clone().requires_grad_(), x.flip(0), p, progress=False)
     assert torch.equal(inside.x, outside.x) and torch.equal(inside.after, outside.after)
     with torch.inference_mode(), pytest.raises(AttackError, match='nothing has a gradient'):
-        attack(linear(), x, x.flip(0), p, progress=False)
+        attack(five(), x, x.flip(0), p, progress=False)
 
 
 @pytest.mark.parametrize('kind', [lambda b: b, lambda b: b.numpy(), lambda b: b[:, 0],
                                   lambda b: (b/255).numpy(), lambda b: b.double()/255])
 def test_images_may_come_as_bytes_and_arrays(kind):
     b, p = (255*images(6, 0)).round().byte(), preset('attack.strong', **FEW)
-    want = attack(linear(), b/255, b.flip(0)/255, p, progress=False)
-    encoder = lambda x: linear().to(x.dtype)(x)
+    want = attack(five(), b/255, b.flip(0)/255, p, progress=False)
+    encoder = lambda x: five().to(x.dtype)(x)
     found = attack(encoder, kind(b), kind(b.flip(0)), p, progress=False)
     torch.testing.assert_close(found.x.float(), want.x, atol=1e-4, rtol=0)
 
 
 def test_the_square_attack_obeys_its_seed_and_not_its_batch():
     x, p = images(6, 0), preset('attack.square', steps=20)
-    run = lambda **kw: attack(linear(), x, x.flip(0), p, progress=False, **kw).x
+    run = lambda **kw: attack(five(), x, x.flip(0), p, progress=False, **kw).x
     assert torch.equal(run(), run(batch=1)) and torch.equal(run(), run(batch=4))
     assert not torch.equal(run(), run(seed=1)) and torch.equal(run(seed=1), run(seed=1))
 
@@ -874,7 +874,7 @@ def test_the_square_attack_obeys_its_seed_and_not_its_batch():
 def test_all_obey_stop_within_one_evaluation(optimiser):
     x = images(3, 0)
     p = preset('attack.signs', optimiser=optimiser, step=.3, steps=20, best=True, stop=1e9)
-    assert attack(linear(), x, x.flip(0), p, progress=False).evaluations.tolist() == [1, 1, 1]
+    assert attack(five(), x, x.flip(0), p, progress=False).evaluations.tolist() == [1, 1, 1]
 
 
 def test_a_wrapped_model_is_attacked_as_what_it_wraps(model, digits):

@@ -599,7 +599,7 @@ def test_shares_and_the_worst_case_by_hand():
                       rows(attack='output', pair=2, kept=0, differ=0),
                       rows(attack='output', pair=3, differ=0),
                       rows(attack='noise', lost=1, pair=2, kept=1, differ=1, flipped=1)])
-    s = ch15.by_seed(ch15.with_worst(t)).set_index('attack')
+    s = ch15.shares_by_seed(ch15.add_worst_attributes(t)).set_index('attack')
     assert s.loc['strong', 'lost'] == pytest.approx(200/3) and s.loc['strong', 'flipped'] == 50
     assert s.loc['output', 'lost'] == pytest.approx(100/3)
     assert s.loc['worst', 'lost'] == 100
@@ -612,7 +612,7 @@ def test_differences_are_welchs():
     t = pd.DataFrame([{'model': m, 'seed': i, 'attack': 'strong', 'lost': x}
                       for m, values in (('disentangled', u), ('entangled', v))
                       for i, x in enumerate(values)])
-    d = ch15.differences(t, 'lost').loc['strong']
+    d = ch15.differences_by_attack(t, 'lost').loc['strong']
     low, high = ttest_ind(u, v, equal_var=False).confidence_interval()
     assert d.difference == pytest.approx(-11)
     assert (d.low, d.high) == (pytest.approx(low), pytest.approx(high))
