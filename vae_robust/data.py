@@ -93,7 +93,7 @@ def meant(low, high):
     return 'take (x + 1)/2' if -1 <= low and high <= 1 else 'undo what standardised them'
 
 # %% ../nbs/01_data.ipynb #050c095f
-def grey(x):
+def grey_values(x):
     """Floats x as float32 in [0, 1]; what rounding in their own type put beyond is cut off.
     Raises `DataError` for other numbers."""
     low, high = (v.item() for v in x.detach().aminmax())
@@ -107,7 +107,7 @@ def grey(x):
     return x.float() if 0 <= low and high <= 1 else x.float().clamp(0, 1)
 
 # %% ../nbs/01_data.ipynb #8532ca9d
-def whole(x):
+def as_bytes(x):
     """Whole numbers x as bytes. Raises `DataError` if they go beyond 255,
     or not beyond 1, which as grey values is all but black."""
     kind = str(x.dtype).removeprefix('torch.')
@@ -132,7 +132,7 @@ def as_images(x, shape=None, who='The images', error=DataError):
         if isinstance(x, Bits): return of_shape(x, shape)
         x = of_shape(batched(as_tensor(x)), shape)
         x = x.float() if x.dtype == torch.bool else x
-        return grey(x) if x.is_floating_point() else whole(x)
+        return grey_values(x) if x.is_floating_point() else as_bytes(x)
     except DataError as e:
         raise error(f'{who} {e}') from None
 

@@ -17,7 +17,7 @@ def log_integral(log_f, # log of the integrand on the grid, any shape with the g
                  dim=-1):
     r"""$\log\int f(z)\,dz$ by the trapezoidal rule, in nats;
     exact to rounding once `z` covers f and resolves it."""
-    top = log_f.amax(dim, keepdim=True)
+    top = log_f.amax(dim, keepdim=True).clamp_min(torch.finfo(log_f.dtype).min)  # f may be 0
     return (torch.trapezoid((log_f - top).exp(), z, dim=dim)).log() + top.squeeze(dim)
 
 # %% ../nbs/02_elbo.ipynb #792216ba

@@ -7,11 +7,13 @@ __all__ = ['LatentExplorer']
 
 # %% ../nbs/A5_explorer.ipynb #22428dcc
 import io
+from contextlib import contextmanager
 import ipywidgets as widgets, numpy as np, torch
-from PIL import Image
-from .data import pixels
-from .settings import root, write
+from PIL import UnidentifiedImageError
+from .data import as_images, opened, pixels
+from .settings import DiskError, root, write
 from .traversals import across, along, kl_per_latent, png, stacked, strip
+from .vae import evaluating
 
 # %% ../nbs/A5_explorer.ipynb #cd074f42
 def latent_slider():
@@ -70,11 +72,21 @@ def show(e):
     code, c = e.code, e.moved is e.category
     j = None if c else e.order[e.sliders.index(e.moved)]
     walk = across(e.model, code) if c else along(e.model, code, j, torch.linspace(-3, 3, 10))
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(e.model):
         top = torch.cat([e.x, e.model.decode(code)])
     e.image.value = png(stacked([strip(top, 5), strip(walk)]))
-    below = 'c = 0 to 9.' if c else f'z{j} = -3 to 3.'
+    below = f'c = 0 to {e.model.n_c - 1}.' if c else f'z{j} = -3 to 3.'
     e.note.value = 'Above: the image, and what the sliders say. Below: ' + below
+
+# %% ../nbs/A5_explorer.ipynb #49451ffe
+@contextmanager
+def hushed(e):
+    "Within this context the explorer `e` takes no notice of its controls."
+    e.quiet = True
+    try:
+        yield
+    finally:
+        e.quiet = False
 
 # %% ../nbs/A5_explorer.ipynb #555802ff
 def touch(e, change):
@@ -83,43 +95,73 @@ def touch(e, change):
     e.moved = change.owner
     e.show()
 
+# %% ../nbs/A5_explorer.ipynb #b5ca08b8
+def point(slider, value, name):
+    "Let a `slider` say a `value` under a `name`, whatever it could say before."
+    slider.min, slider.max = min(-5, slider.min, value), max(5, slider.max, value)
+    slider.value, slider.description = value, name
+    slider.min, slider.max = min(-5, value), max(5, value)
+
 # %% ../nbs/A5_explorer.ipynb #56c36432
 def restart(e, *_):
     "Back to the code of the image; each slider is named with its latent and its KL."
-    e.quiet, (kl_z, kl_c) = True, e.kl[e.name.value]
-    with torch.no_grad():
+    kl_z, kl_c = e.kl[e.name.value]
+    with torch.no_grad(), evaluating(e.model):
         code = e.model.posterior(e.x).mode[0]
-    for s, j in zip(e.sliders, e.order):
-        s.description, s.value = f'z{j}: {kl_z[j]:.2f} nats', code[j].item()
-    if e.model.n_c:
-        e.category.index = code[e.model.n_z:].argmax().item()
-    e.category.description, e.quiet = f'c: {kl_c:.2f} nats', False
+    with hushed(e):
+        for s, j in zip(e.sliders, e.order):
+            point(s, code[j].item(), f'z{j}: {kl_z[j]:.2f} nats')
+        if e.model.n_c:
+            e.category.index = code[e.model.n_z:].argmax().item()
+        e.category.description = f'c: {kl_c:.2f} nats'
     e.show()
 
 # %% ../nbs/A5_explorer.ipynb #88b527a5
 def pick(e, *_):
-    "Look at the chosen test image."
-    e.x = pixels(e.data.x[e.index.value][None])
+    "Look at the chosen test image; an upload is forgotten, so that the same file can come again."
+    e.x = pixels(e.images[[e.index.value]])
+    e.upload.value = ()
     e.restart()
+
+# %% ../nbs/A5_explorer.ipynb #f539e8b3
+def own_picture(file, shape):
+    "The picture in an open `file` as grey values (1, C, H, W), resized to the `shape` (C, H, W)."
+    channels, *size = shape
+    picture = opened(file, {1: 'L', 3: 'RGB'}[channels], ground='black').resize(size[::-1])
+    a = np.asarray(picture).reshape(1, *size, channels).transpose(0, 3, 1, 2)
+    return pixels(torch.from_numpy(a.copy()))
 
 # %% ../nbs/A5_explorer.ipynb #92e67e80
 def take(e, *_):
-    "Look at the uploaded picture, white on black, resized; a sentence if it is none."
+    "Look at the uploaded picture; a sentence if it is none."
     if not e.upload.value: return
+    file = e.upload.value[0]
     try:
-        own = Image.open(io.BytesIO(e.upload.value[0]['content'])).convert('L')
-        own = own.resize(e.data.x.shape[:1:-1])
-    except OSError:
-        e.note.value = 'This file is not a picture that can be read.'
+        e.x = own_picture(io.BytesIO(file['content']), e.images.shape[1:])
+    except Exception as error:  # PIL does not say what it raises
+        why = '' if isinstance(error, UnidentifiedImageError) else f' ({error})'
+        e.note.value = f'{file["name"]} is not a picture that can be read{why}.'
     else:
-        e.x = pixels(torch.from_numpy(np.array(own))[None, None])
         e.restart()
 
 # %% ../nbs/A5_explorer.ipynb #a422725c
 def keep(e, *_):
-    "Write the picture to runs/explorer.png."
-    write(root()/'runs'/'explorer.png', e.image.value)
-    e.note.value = 'Saved as runs/explorer.png.'
+    "Write the picture to runs/explorer.png; a sentence if the disk does not take it."
+    try:
+        write(root()/'runs'/'explorer.png', e.image.value)
+        e.note.value = 'Saved as runs/explorer.png.'
+    except DiskError as error:
+        e.note.value = str(error)
+
+# %% ../nbs/A5_explorer.ipynb #697cda26
+def alike(models):
+    """The shape of the images of `models`, a dict by name.
+    ValueError unless they share one, and latents."""
+    kinds = {n: (m.n_z, m.n_c, *m.shape) for n, m in models.items()}
+    if len(set(kinds.values())) == 1: return next(iter(models.values())).shape
+    said = '; '.join(f'{n}: n_z = {k[0]}, n_c = {k[1]}, images {k[2:]}' for n, k in kinds.items())
+    raise ValueError('Models in one explorer need the same latents and images. '
+                     f'Here are {said or "none"}.')
 
 # %% ../nbs/A5_explorer.ipynb #97faee7c
 class LatentExplorer:
@@ -127,7 +169,8 @@ class LatentExplorer:
     and what the decoder makes of them, live.
 
     `models`: a `VAE` or a dict of them by name, with latents of the same number;
-    `data`: an `ImageData`; `index`: the image to start from.
+    `data`: an `ImageData`, or images as in `as_images`; `index`: the image to start from.
+    ValueError for models that do not fit together, `DataError` for images that do not fit them.
     `.box` is what to display, `.image` the picture, a PNG; `.sliders`, `.category`, `.name`,
     `.index`, `.upload`, `.reset` and `.save` are the controls, `.code` (1, D + K) what they say."""
     model, order, code = property(chosen_model), property(latent_order), property(chosen_code)
@@ -135,10 +178,10 @@ class LatentExplorer:
 
     def __init__(self, models, data, index=0):
         self.models = models if isinstance(models, dict) else {'model': models}
-        self.data, self.quiet = data, True
-        self.kl = {n: kl_per_latent(m, pixels(data.x[:500])) for n, m in self.models.items()}
-        first = next(iter(self.models.values()))
-        vars(self).update(controls(list(self.models), len(data.x), index, first.n_z, first.n_c))
+        self.images, self.quiet = as_images(data, alike(self.models)), True
+        first, x = next(iter(self.models.values())), pixels(self.images[:500])
+        self.kl = {n: kl_per_latent(m, x) for n, m in self.models.items()}
+        vars(self).update(controls(list(self.models), len(self.images), index, first.n_z, first.n_c))
         self.moved, self.box = self.sliders[0], laid_out(self)
         touched = [(c, self.touch) for c in (*self.sliders, self.category)]
         for c, f in [(self.name, self.restart), (self.index, self.pick), (self.upload, self.take), *touched]:

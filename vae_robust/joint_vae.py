@@ -26,20 +26,27 @@ def joint_vae(model, x, step=0, *, gamma, C_z, C_c, C_steps):
     return Terms(rec.mean() + gamma*(off_z.abs() + off_c.abs()), rec, kl_z, kl_c)
 
 # %% ../nbs/07_joint_vae.ipynb #51456ef1
+def contingency(y, c):
+    """How many images have each class of `y` (N,) and each code of `c` (N,): (classes, codes).
+    ValueError if the lengths differ or nothing is given."""
+    if len(y) != len(c) or len(y) == 0:
+        raise ValueError(f'{len(y)} classes and {len(c)} codes: '
+                         'give one code for each image, and some images.')
+    return contingency_matrix(y, c)
+
+# %% ../nbs/07_joint_vae.ipynb #73d1b2af
 def unsupervised_accuracy(y, c):
     """Share of images whose class `y` (N,) is that of their code `c` (N,) once each code is named
     after a class, no two after the same, in the best way, (7.8): a number in (0, 1].
     Codes without a name, if there are more of them than classes, count as wrong.
     ValueError if the lengths differ or nothing is given."""
-    if len(y) != len(c) or len(y) == 0:
-        raise ValueError(f'{len(y)} classes and {len(c)} codes: '
-                         'give one code for each image, and some images.')
-    n = contingency_matrix(y, c)
+    n = contingency(y, c)
     return n[linear_sum_assignment(n, maximize=True)].sum()/n.sum()
 
 # %% ../nbs/07_joint_vae.ipynb #2d987a32
 def purity(y, c):
     """Share of images whose class `y` (N,) is the most frequent one of their code `c` (N,):
-    at least `unsupervised_accuracy`, at most 1."""
-    n = contingency_matrix(y, c)
+    at least `unsupervised_accuracy`, at most 1.
+    ValueError as there."""
+    n = contingency(y, c)
     return n.max(0).sum()/n.sum()

@@ -24,9 +24,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from torch.distributions import Independent, Normal
+from .data import as_images, pixels
 from .joint_vae import unsupervised_accuracy
 from .total_correlation import gaussian_decomposition
-from .vae import Posterior
+from .vae import VAE, Posterior, evaluating, reached
 
 # %% ../nbs/11_metrics.ipynb #2185f8ef
 class DisentanglementError(ValueError):
@@ -488,9 +489,14 @@ def udr(codes, *, # of the same images, as in `code`, by M >= 2 models trained w
 @torch.no_grad()
 def encode(represent, x, batch=1000):
     """What `represent`, a function as in `code`, says of all images x (N, ...),
-    asked for `batch` at a time: a `Code`."""
+    asked for `batch` at a time: a `Code`. Modules that it reaches are in evaluation mode meanwhile;
+    if there is a `VAE` among them, x go through `as_images`, and bytes become grey values."""
     if not len(x): raise DisentanglementError('There are no images to encode.')
-    parts = [code(represent(x[i:i + batch])) for i in range(0, len(x), batch)]
+    seen = lambda b: b
+    if any(isinstance(m, VAE) for m in reached(represent)):
+        x, seen = as_images(x, error=DisentanglementError), pixels
+    with evaluating(represent):
+        parts = [code(represent(seen(x[i:i + batch]))) for i in range(0, len(x), batch)]
     return Code(*map(np.concatenate, zip(*parts)))
 
 # %% ../nbs/11_metrics.ipynb #a6954063

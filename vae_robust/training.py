@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from tqdm.auto import tqdm
 from .beta_vae import beta_vae, capacity
-from .data import IMAGES, DataError, as_images, digest, is_set, load, pixels
+from .data import IMAGES, as_images, digest, is_set, load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, SettingsError, TableError, commit, preset
 from .settings import read_table, save_csv, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
-from .vae import VAE, elbo, kl
+from .vae import VAE, elbo, evaluating, kl
 
 # %% ../nbs/10_training.ipynb #b751c0ac
 class TrainingError(RuntimeError):
@@ -43,9 +43,9 @@ class TrainingError(RuntimeError):
 def minibatches(n, batch, seed, start=0):
     """Index tensors of minibatches `start`, `start` + 1, ... of `n` images, without end. Every
     epoch is a fresh permutation fixed by its number, the same one for every seed below 2^32;
-    what does not fill a batch at its end is left out. Raises `TrainingError` if `batch` > `n`."""
-    if batch > n:
-        raise TrainingError(f'A batch of {batch} does not fit into {n} images: make it smaller.')
+    what does not fill a batch at its end is left out. Raises `TrainingError` unless 0 < `batch` <= `n`."""
+    if not 0 < batch <= n:
+        raise TrainingError(f'A batch of {batch} does not fit into {n} images: take 1 to {n}.')
     for step in count(start):
         epoch, i = divmod(step, n//batch)
         if i == 0 or step == start:
@@ -300,13 +300,12 @@ def save_run(path, model, optimiser, rows, **rest):
 
 # %% ../nbs/10_training.ipynb #d15c0902
 def trainable(model, data):
-    """`data` as a `VAE` can be trained on them, float tensors and bytes as they are; data of
-    other models untouched. Raises `TrainingError` for images that cannot be."""
-    if not isinstance(model, VAE) or isinstance(data, tuple) or hasattr(data, 'bits'): return data
-    try:
-        return as_images(data)
-    except DataError as e:
-        raise TrainingError(f'No training on these images. {e}') from None
+    """`data` as a `VAE` can be trained on them, through `as_images`; data of other models, and
+    tuples of tensors, untouched. Raises `TrainingError` for images that cannot be."""
+    vae, several = getattr(model, 'module', model), type(data) is tuple
+    if not isinstance(vae, VAE) or several: return data
+    x = as_images(data, vae.shape, 'The images to train on', TrainingError)
+    return x.detach() if isinstance(x, torch.Tensor) else x
 
 # %% ../nbs/10_training.ipynb #7160f494
 def shares(data, batch, seed, device, start=0, rank=0, world=1):
@@ -567,20 +566,23 @@ def alive(net, x):
     """Of each ReLU of a sequential network, the share of units that are positive for at least
     one of the inputs x (B, ...): a list, first layer first."""
     shares = []
-    for layer in net:
-        x = layer(x)
-        if isinstance(layer, nn.ReLU):
-            shares.append((x.detach().flatten(1) > 0).any(0).float().mean().item())
+    with torch.no_grad(), evaluating(net):
+        for layer in net:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                shares.append((x.flatten(1) > 0).any(0).float().mean().item())
     return shares
 
 # %% ../nbs/10_training.ipynb #e232619f
 def dead(model, x, nats=.1):
     """Whether the training of a `VAE` is dead: on images x (B, ...), the first of its training
     set, a ReLU layer of its encoder has no live unit, or the code carries less than `nats` on
-    average."""
-    with torch.no_grad():
+    average, or is not a number."""
+    x = pixels(as_images(x, model.shape))
+    with torch.no_grad(), evaluating(model):
         kl_z, kl_c = kl(model.posterior(x))
-    return min(alive(model.encoder, x)) == 0 or (kl_z.sum(1) + kl_c).mean().item() < nats
+    said = (kl_z.sum(1) + kl_c).mean().item()
+    return min(alive(model.encoder, x), default=1) == 0 or not said >= nats
 
 # %% ../nbs/10_training.ipynb #56c07097
 WEIGHTS = Path(inspect.getfile(ModelPreset)).with_name('weights')

@@ -10,8 +10,8 @@ __all__ = ['grid', 'show_grid', 'reconstructions', 'kl_per_latent', 'along', 'ac
 import io
 import matplotlib.pyplot as plt, torch
 from PIL import Image
-from .data import pixels
-from .vae import kl
+from .data import as_images, pixels
+from .vae import evaluating, kl
 
 # %% ../nbs/12_traversals.ipynb #131ca12f
 def grid(images):
@@ -33,15 +33,16 @@ def show_grid(images, rows=None, title=None, ax=None, scale=.35):
 
 # %% ../nbs/12_traversals.ipynb #b208241c
 def reconstructions(model, x):
-    "Images x (B, ...) above their reconstructions: (2, B, channels, H, W)."
-    with torch.no_grad():
+    "Images x, as in `as_images`, above their reconstructions: (2, B, channels, H, W)."
+    x = pixels(as_images(x))
+    with torch.no_grad(), evaluating(model):
         return torch.stack([x, model(x)])
 
 # %% ../nbs/12_traversals.ipynb #aede4b60
 def kl_per_latent(model, x):
     """Mean KL over images x, in nats: of each continuous latent, (D,),
     and of the categorical, a number."""
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         kl_z, kl_c = kl(model.posterior(x))
     return kl_z.mean(0), kl_c.mean().item()
 
@@ -51,7 +52,7 @@ def along(model, code, j, values):
     with its coordinate `j` set to each of `values`."""
     codes = code.repeat(len(values), 1)
     codes[:, j] = torch.as_tensor(values, dtype=code.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         return model.decode(codes)
 
 # %% ../nbs/12_traversals.ipynb #4f151191
@@ -59,18 +60,24 @@ def across(model, code):
     """Decoded images (K, ...) of one code (1, D + K)
     with its categorical set to each of the K classes."""
     codes = torch.cat([code[:, :model.n_z].expand(model.n_c, -1), torch.eye(model.n_c)], -1)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         return model.decode(codes)
+
+# %% ../nbs/12_traversals.ipynb #49086651
+def mode(model, x):
+    "The most likely codes of images x (B, ...), in evaluation mode: (B, D + K)."
+    with torch.no_grad(), evaluating(model):
+        return model.posterior(x).mode
 
 # %% ../nbs/12_traversals.ipynb #9de7ff14
 def traversal(model, x, j, values):
     "`along` the coordinate `j` from the code of one image x (1, ...)."
-    return along(model, model.posterior(x).mode, j, values)
+    return along(model, mode(model, x), j, values)
 
 # %% ../nbs/12_traversals.ipynb #cd3d863a
 def categories(model, x):
     "`across` the categorical from the code of one image x (1, ...)."
-    return across(model, model.posterior(x).mode)
+    return across(model, mode(model, x))
 
 # %% ../nbs/12_traversals.ipynb #08a044c3
 def traversals(model, x, n=10, ax=None, title=None, over=None):
