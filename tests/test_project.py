@@ -4,11 +4,15 @@ from pathlib import Path
 
 import nbformat, pytest, tomllib, yaml
 
-from vae_robust.settings import preset, read_settings
+import vae_robust
+from vae_robust.data import LOADERS
+from vae_robust.settings import KINDS, preset, read_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
 MAKEFILE = (ROOT/'Makefile').read_text()
+PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+WORKFLOW = yaml.safe_load((ROOT/'.github'/'workflows'/'ci.yml').read_text())
 fences = lambda kind: re.findall(rf'```{kind}\n(.*?)```', README, re.S)
 
 
@@ -19,17 +23,15 @@ def test_environment_yml_cannot_drift():
 
 
 def test_every_dependency_is_pinned_without_addresses():
-    project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
     lock = (ROOT/'requirements.lock').read_text()
-    for d in project['dependencies'] + project['optional-dependencies']['dev']:
+    for d in PROJECT['dependencies'] + PROJECT['optional-dependencies']['dev']:
         assert re.search(rf'^{re.split("[=<>]", d)[0]}==', lock, re.M), d
     assert '://' not in lock
 
 
 def test_named_packages_are_there():
-    project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
     have = {re.split('[=<>]', d)[0]
-            for d in project['dependencies'] + project['optional-dependencies']['dev']}
+            for d in PROJECT['dependencies'] + PROJECT['optional-dependencies']['dev']}
     assert {'torch', 'torchvision', 'jupyterlab', 'nbdev', 'matplotlib', 'ipywidgets',
             'numpy', 'pytest'} <= have
 
@@ -39,7 +41,7 @@ def test_commands_of_the_readme_exist():
     commands = {c.callback.__name__ for c in app.registered_commands}
     shell = '\n'.join(fences('sh') + re.findall('`([^`\n]+)`', README))
     assert re.findall(r'^make (\w+)', shell, re.M)
-    assert set(re.findall(r'\bmake (\w+)', shell)) <= set(re.findall(r'^(\w+):', MAKEFILE, re.M))
+    assert set(re.findall(r'\bmake (\w+)', shell)) <= targets()
     assert re.findall(r'vae-robust (\w+)', shell)
     assert set(re.findall(r'vae-robust (\w+)', shell)) <= commands
     for name in re.findall(r'\b(?:mnist|digits|attack|job|judge)\.[a-z_]+\b(?!\.py)', shell):
@@ -55,7 +57,8 @@ def test_the_readme_s_examples_run(example, tmp_path, monkeypatch):
 
 
 def every_page():
-    yield 'README.md', ROOT, README
+    for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'):
+        yield name, ROOT, (ROOT/name).read_text()
     for nb in sorted((ROOT/'nbs').glob('*.ipynb')):
         prose = [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown']
         yield nb.name, nb.parent, '\n'.join(prose)
@@ -66,6 +69,53 @@ def named(v): return v if isinstance(v, str) and v.endswith(('md', 'ipynb')) els
 def test_links_lead_somewhere(page, folder, text):
     for link in re.findall(r'\]\(([^)#\s]+)', text):
         assert link.startswith('https://') or (folder/link).exists(), link
+
+
+@pytest.mark.parametrize('page', ['CONTRIBUTING.md', 'CHANGELOG.md'])
+def test_files_and_commands_in_words_exist(page):
+    words = re.findall('`([^`\n]+)`', (ROOT/page).read_text())
+    files = [w for w in words if re.fullmatch(r'[\w.]+/[\w./]*|\w+\.(?:ini|md|yml)', w)]
+    assert files and not [f for f in files if not (ROOT/f).exists()]
+    assert {w.split()[1] for w in words if w.startswith('make ')} <= targets()
+
+
+def targets(): return set(re.findall(r'^(\w+):', MAKEFILE, re.M))
+
+
+def test_what_contributing_names_is_there():
+    from vae_robust import attacks, disentanglement, training
+    text = (ROOT/'CONTRIBUTING.md').read_text()
+    assert attacks.OBJECTIVES and training.OBJECTIVES and disentanglement.METRICS and LOADERS
+    assert {'OBJECTIVES', 'METRICS', 'LOADERS'} <= {*re.findall('`([A-Z]+)`', text)}
+    assert '@metric' in text and callable(disentanglement.metric)
+    for section in re.findall(r'```ini\n(.*?)```', text, re.S):
+        like = re.search(r'like = (\S+)', section)[1]
+        keys = re.findall(r'^ *(?:attack\.)?(\w+) =', section, re.M)
+        known = type(preset(like)).model_fields.keys() | type(preset('attack.strong')).model_fields.keys()
+        assert {*keys} - {'like'} <= known
+
+
+def test_the_citation_is_that_of_the_package_and_the_thesis():
+    cite = yaml.safe_load((ROOT/'CITATION.cff').read_text())
+    assert (cite['version'], cite['license']) == (vae_robust.__version__, PROJECT['license'])
+    assert [a['name'] for a in cite['authors']] == [a['name'] for a in PROJECT['authors']]
+    assert cite['references'][0]['title'] in README
+
+
+def test_the_workflow_tests_every_python_that_we_name():
+    pythons = WORKFLOW['jobs']['test']['strategy']['matrix']['python']
+    assert pythons == re.findall(r'Python :: (3\.\d+)', '\n'.join(PROJECT['classifiers']))
+    assert PROJECT['requires-python'] == f'>={pythons[0]}' and len(pythons) >= 3
+    runs = [s.get('run', '') for job in WORKFLOW['jobs'].values() for s in job['steps']]
+    made = {m for r in runs for m in re.findall(r'make (\w+)', r)}
+    assert {'lint', 'test', 'site'} <= made <= targets()
+    assert {*WORKFLOW['jobs']['site']['needs']} == {'test', 'wheel'}
+
+
+def test_issue_templates_ask_for_something():
+    forms = [yaml.safe_load(f.read_text()) for f in (ROOT/'.github'/'ISSUE_TEMPLATE').glob('*.yml')]
+    forms = [f for f in forms if 'body' in f]
+    assert len(forms) >= 3 and all(f['name'] and f['description'] and f['body'] for f in forms)
 
 
 def test_the_map_of_notebooks_is_complete():
@@ -92,5 +142,5 @@ def test_nothing_private_is_tracked():
 
 
 def test_settings_have_no_orphans():
-    kinds = 'mnist|fashion|digits|dsprites|faces|celeba|train|judge|attack|job|study|dose'
-    assert all(re.fullmatch(rf'({kinds})\.\w+', s) for s in read_settings())
+    kinds = {*KINDS, *LOADERS, 'faces', 'train'}
+    assert [s for s in read_settings() if not re.fullmatch(rf'({"|".join(kinds)})\.\w+', s)] == []
