@@ -10,19 +10,19 @@ __all__ = ['in_training_mode', 'stochastic', 'without_slope', 'left_the_ball', '
 # %% ../nbs/22_diagnosis.ipynb #829b9515
 import math
 from functools import partial
-from .attacks import modules_of
 from .discrete import has_code
 from .data import pixels
 from .optimisers import BALLS
 from .robustness import attacked, evaluate, kept, trial
 from .settings import preset as preset_of
 from .statistics import beats, mean_rate
+from .vae import reached
 import torch
 
 # %% ../nbs/22_diagnosis.ipynb #09fa13b7
 def in_training_mode(*models):
     "A module in training mode is another function at each call."
-    names = [type(m).__name__ for m in modules_of(*models) if m.training]
+    names = [type(m).__name__ for m in reached(*models) if m.training]
     if not names: return ''
     return f'{names[0]} is in training mode: its answers, and failures of the attack, may be luck.'
 

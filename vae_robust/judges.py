@@ -18,6 +18,7 @@ from .data import load
 from .settings import preset
 from .training import (WEIGHTS, cosine, fit, identity, keep_memory, load_weights,
                                  one_thread, save_weights, shipped)
+from .vae import evaluating
 
 # %% ../nbs/18_judges.ipynb #1521711a
 def lenet(classes=10):
@@ -129,15 +130,10 @@ def judged(judge, x, dropout=False, batch=1000):
     """The classes (B,) that the judge sees in images x, in eval mode; with `dropout` its dropout
     is on, and nothing else, as the thesis's programs had it. The judge is left in the mode that it
     was in."""
-    modes = {m: m.training for m in judge.modules()}
-    for m in modes:
-        m.training = dropout and isinstance(m, (nn.Dropout, nn.Dropout2d))
-    try:
-        with torch.no_grad():
-            return torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    with torch.no_grad(), evaluating(judge):
+        for m in judge.modules():
+            m.training = dropout and isinstance(m, (nn.Dropout, nn.Dropout2d))
+        return torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
 
 # %% ../nbs/18_judges.ipynb #a6a6af62
 def agreement(judges, x):

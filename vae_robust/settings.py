@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
-import pandas as pd
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic import model_validator
 
@@ -375,6 +374,7 @@ def line_of(facts):
 def read_rows(rows, types={}, empty={}):
     """The data frame that the comma-separated text `rows` is, with the `types` of some columns
     {name: type}, and the places where a text is `empty`."""
+    import pandas as pd  # here, so that attacks need not wait for it
     if rows == '\n': return pd.DataFrame()
     texts = {c: t for c, t in types.items() if t == 'str'}
     table = pd.read_csv(io.StringIO(rows), keep_default_na=False, na_values=[''], dtype=texts)
@@ -386,7 +386,8 @@ def read_rows(rows, types={}, empty={}):
 def type_of(column, back):
     """The type to note so that the text of a `column`, which came `back` as another, becomes it
     again; None if there is none."""
-    if pd.api.types.infer_dtype(column, skipna=True) in ('string', 'empty'): return 'str'
+    from pandas.api.types import infer_dtype
+    if infer_dtype(column, skipna=True) in ('string', 'empty'): return 'str'
     with suppress(TypeError, ValueError):
         return str(column.dtype) if back.astype(column.dtype).equals(column) else None
 
