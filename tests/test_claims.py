@@ -17,7 +17,7 @@ SENTENCES = """
  against {thesis.entangled 1} %
 from {output.knows.gap 1} points ({output.knows.gap.low 1} to {output.knows.gap.high 1})
  to {damage.knows.gap +1} ({damage.knows.gap.low 1} to {damage.knows.gap.high 1})
-the union of eight attacks changes {any.disentangled 1} % and {any.entangled 1} % of the
+changes {any.disentangled 1} % of disentangled and {any.entangled 1} % of entangled
 by {lambda_1.gap 0} points ({lambda_1.gap.low 0} to {lambda_1.gap.high 0})
 ({udr.disentangled 2} and {udr.entangled 2})
 raise the rates of disentangled models
