@@ -121,13 +121,13 @@ def rank(module):
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_one_module_per_notebook_with_imports_from_lower_numbers_only(nb):
     source = '\n'.join(code(nb))
-    module, = re.findall(r'^#\| default_exp ([\w.]+)$', source, re.M)
-    assert module.rpartition('.')[2] == nb.stem[3:]
+    modules = re.findall(r'^#\| default_exp ([\w.]+)$', source, re.M)
+    assert [m.rpartition('.')[2] for m in modules] == [nb.stem[3:]]*(nb.stem != '00_tour')
     used = re.findall(r'from vae_robust\.([\w.]+) import', source)
     for package, line in re.findall(r'from vae_robust(\.experiments)? import (.+)', source):
         used += re.findall(r'\w+', line)
     used = {name.rpartition('.')[2] for name in used} - {'experiments'}
-    assert [m for m in used if rank(m) >= rank(nb.stem[3:])] == []
+    assert nb.stem == '00_tour' or [m for m in used if rank(m) >= rank(nb.stem[3:])] == []
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)

@@ -10,7 +10,7 @@ import build_site
 from build_site import SiteError, build, chapters, module_of
 from vae_robust.settings import write
 
-MODULES = [module_of(nbformat.read(f, 4)) for f in chapters()]
+MODULES = [m for f in chapters() if (m := module_of(nbformat.read(f, 4)))]
 
 
 class Page(HTMLParser):
