@@ -179,13 +179,14 @@ class LatentExplorer:
     def __init__(self, models, data, index=0):
         self.models = models if isinstance(models, dict) else {'model': models}
         self.images, self.quiet = as_images(data, alike(self.models)), True
-        first, x = next(iter(self.models.values())), pixels(self.images[:500])
+        first, x, n = next(iter(self.models.values())), pixels(self.images[:500]), len(self.images)
         self.kl = {n: kl_per_latent(m, x) for n, m in self.models.items()}
-        vars(self).update(controls(list(self.models), len(self.images), index, first.n_z, first.n_c))
+        vars(self).update(controls([*self.models], n, index, first.n_z, first.n_c))
         self.moved, self.box = self.sliders[0], laid_out(self)
         touched = [(c, self.touch) for c in (*self.sliders, self.category)]
-        for c, f in [(self.name, self.restart), (self.index, self.pick), (self.upload, self.take), *touched]:
-            c.observe(f, 'value')
+        chosen = (self.name, self.restart), (self.index, self.pick), (self.upload, self.take)
+        for control, f in (*chosen, *touched):
+            control.observe(f, 'value')
         self.reset.on_click(self.restart)
         self.save.on_click(self.keep)
         self.pick()

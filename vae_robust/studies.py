@@ -242,6 +242,7 @@ def merged(new, path, keys, by):
     more = before.value_counts().sub(now.value_counts(), fill_value=0)
     stays = before.map(lambda label: then.get(label, '') == keys.get(label)
                        and more[label] > 0).astype(bool)
+    if not stays.any(): return new  # nor do columns that only the old table has
     return pd.concat([old[stays], new[~now.isin(before[stays])]], ignore_index=True)
 
 # %% ../nbs/A3_studies.ipynb #c309d699

@@ -1,0 +1,521 @@
+"""What users met, each as a small case: odd inputs, damaged files, killed runs."""
+import errno, gzip, http.client, io, json, math, os, random, shutil, signal, tarfile, zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from torch.distributions import Independent, Normal
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+from vae_robust import cli, data as data_module, training
+from vae_robust.data import DataError, ImageData, as_images, load
+from vae_robust.disentanglement import (Code, DisentanglementError, beta_score, dci, evaluate, mig,
+                                        mig_samples, sap, udr)
+from vae_robust.explorer import LatentExplorer
+from vae_robust.joint_vae import purity
+from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
+                                 kept_table, preset, read_table, save_csv)
+from vae_robust.studies import publish
+from vae_robust.sweep import SweepError, answer, path_of, plan, sweep
+from vae_robust.training import (TrainingError, build, fit, load_checkpoint, load_weights,
+                                 objective, train)
+from vae_robust.vae import LIKELIHOODS, VAE
+
+TINY = preset('digits.entangled', steps=2, batch=8)
+X = load('digits').x[:60]
+
+
+def one_sentence(error):
+    "The words of an error, which are a sentence or several in one line."
+    words = str(error)
+    assert words and '\n' not in words and words[-1] in '.?)', words
+    return words
+
+
+def flipped(data, bit):
+    "Bytes in which one `bit` is another."
+    data = bytearray(data)
+    data[bit//8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def same(one, other):
+    "Whether two modules have the same numbers."
+    return all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+# ------------------------------------------------------------------ folders of pictures
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    "A folder with twelve pictures of noise, and a data folder of its own."
+    monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path/'data'))
+    (tmp_path/'album').mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path/'album'/f'{i:02d}.png')
+    return tmp_path/'album'
+
+
+def pictures(album):
+    "All pictures of an album, as `load` gives them."
+    return torch.cat([load(f'faces:{album}', part).x for part in ('train', 'test')])
+
+
+def cache_of(album):
+    return next((album.parent/'data'/'faces').glob('*.npy'))
+
+
+def test_a_note_without_its_pictures_is_not_believed(album):
+    first = pictures(album).clone()
+    cache_of(album).unlink()
+    assert torch.equal(pictures(album), first) and first.float().mean() > 100
+
+
+@pytest.mark.parametrize('suffix, damage', [
+    ('.npy', lambda b: b[:-700]), ('.npy', lambda b: b[9:]), ('.npy', lambda b: b''),
+    ('.npy', lambda b: b[:4000] + bytes(999) + b[4999:]),
+    ('.json', lambda b: b[:30]), ('.json', lambda b: b'')])
+def test_a_damaged_cache_is_made_again(album, suffix, damage, capsys):
+    first = pictures(album).clone()
+    file = cache_of(album).with_suffix(suffix)
+    file.write_bytes(damage(file.read_bytes()))
+    assert torch.equal(pictures(album), first)
+    assert 'is decoded again' in capsys.readouterr().out
+
+
+def test_a_rest_of_a_killed_decoding_is_not_in_the_way(album):
+    first = pictures(album).clone()
+    part = cache_of(album).with_suffix('.part')
+    for file in (cache_of(album), cache_of(album).with_suffix('.json')):
+        file.unlink()
+    part.write_bytes(b'nothing of the kind')
+    assert torch.equal(pictures(album), first) and not part.exists()
+
+
+def test_pictures_that_are_too_large_or_not_there_are_named(album, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 5000)
+    Image.new('L', (200, 200)).save(album/'03.png')
+    with pytest.raises(DataError, match='03.png'):
+        pictures(album)
+    (album/'03.png').unlink()
+    (album/'03.png').symlink_to('/nowhere/at/all')
+    with pytest.raises(DataError, match='links to nothing: 03.png'):
+        pictures(album)
+
+
+def test_a_full_disk_gets_a_sentence_before_anything_is_mapped(album, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    with pytest.raises(DiskError, match='needs 147,456 bytes, and [0-9,]+ are free'):
+        pictures(album)
+
+
+def deep(album):
+    "A ramp of 16 bits from black to white."
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)
+    Image.fromarray(np.tile(ramp, (64, 1))).save(album/'own.png')
+    return lambda x: assert_close(x[:, 20], torch.tensor(ramp//257).byte().expand(3, 64))
+
+
+def clear(album):
+    "A black square on nothing."
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[16:48, 16:48, 3] = 255
+    Image.fromarray(rgba).save(album/'own.png')
+    corners = torch.tensor([[255, 255], [255, 0]]).byte()
+    return lambda x: assert_close(x[:, ::32, ::32], corners.expand(3, 2, 2))
+
+
+def turned(album):
+    "The upper half white, lying on its side."
+    half, exif = np.zeros((64, 64), np.uint8), Image.Exif()
+    half[:32], exif[0x0112] = 255, 6
+    Image.fromarray(half).save(album/'own.png', exif=exif)
+    return lambda x: assert_close(x[0], torch.tensor(half.T[:, ::-1].copy()))
+
+
+@pytest.mark.parametrize('kind', [deep, clear, turned])
+def test_pictures_are_decoded_as_people_see_them(album, kind):
+    right = kind(album)
+    right(load(f'faces:{album}').x[-1])  # own.png
+
+
+def test_a_broken_source_gives_way_to_the_next(tmp_path, monkeypatch):
+    right = {f: f.encode() for f in data_module.MD5['mnist']}
+    def whole(name, folder):
+        for f, b in right.items():
+            (folder/f).write_bytes(b)
+    def torn(name, folder):
+        for f in right:
+            (folder/f'{f}.gz').write_bytes(gzip.compress(bytes(5000))[:12] + b'\xff'*40)
+    def page(name, folder):
+        (folder/'x').write_bytes(b'<html>not here</html>')
+        zipfile.ZipFile(folder/'x')
+    def tape(name, folder):
+        (folder/'x').write_bytes(b'<html>not here</html>')
+        tarfile.open(folder/'x')
+    def cut(name, folder): raise http.client.IncompleteRead(b'')
+    monkeypatch.setattr(data_module, 'genuine', lambda name, file, b: right[file] == b)
+    for i, bad in enumerate((torn, page, tape, cut)):
+        monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path/str(i)))
+        monkeypatch.setitem(data_module.SOURCES, 'mnist', (bad, whole))
+        assert len(data_module.fetch('mnist')) == 4
+    monkeypatch.setitem(data_module.SOURCES, 'mnist', (torn, page, tape, cut))
+    with pytest.raises(DataError, match='torn: .*page: .*tape: .*cut: '):
+        data_module.fetch('mnist')
+
+
+# ------------------------------------------------------------------ one door for images
+HALF = X.float()/255
+
+@pytest.mark.parametrize('x, as_what', [
+    (HALF, HALF), (HALF.double(), HALF), (HALF.half(), HALF.half().float()), (X, X),
+    (X.long(), X), (X > 127, (X > 127).float()), (X.numpy(), X), (X[:, 0], X), ([*X], X),
+    (X.numpy().astype('>u2'), X), (X.numpy()[::-1], X.flip(0)), (ImageData(X, None), X),
+    ((HALF + 2e-4).half().clamp(max=1.0009), (HALF + 2e-4).half().float().clamp(max=1))])
+def test_what_can_only_mean_one_thing_is_converted(x, as_what):
+    y = as_images(x, (1, 32, 32))
+    assert torch.equal(y, as_what) and y.dtype == as_what.dtype
+
+
+@pytest.mark.parametrize('x, words', [
+    (2*HALF - 1, r'from -1 to 1, .*take \(x \+ 1\)/2'), (X.float(), 'from 0 to [0-9]{3}, .*divide'),
+    ((HALF - .13)/.31, 'undo what standardised'), (X.long()*257, 'int64, from 0 to [0-9]{5}'),
+    ((X > 127).byte(), 'multiply them by 255'), (HALF/0, 'not finite, the first in image 0'),
+    (HALF.expand(-1, 3, -1, -1), 'must be 1 x 32 x 32, not 3 x 32 x 32: average'),
+    (HALF[..., 2:30, 2:30], 'not 1 x 28 x 28: resize'),
+    (HALF.permute(0, 2, 3, 1), 'channels first'),
+    (HALF[:0], 'none'), (HALF[0, 0], r'shape \(N, C, H, W\)'), ('mnist', 'not a str')])
+def test_what_could_mean_anything_is_refused_with_a_remedy(x, words):
+    for error in (DataError, TrainingError):
+        with pytest.raises(error, match=f'^They .*{words}') as e:
+            as_images(x, (1, 32, 32), 'They', error)
+        one_sentence(e.value)
+
+
+@pytest.mark.parametrize('change', [lambda x: x*2 - 1, lambda x: x*255, lambda x: (x - .13)/.31,
+                                    lambda x: (x > .5).byte(), lambda x: x[..., :28, :28]])
+def test_no_training_metric_or_explorer_takes_images_of_another_range(change):
+    x, vae = change(HALF), VAE(4).eval()
+    with pytest.raises(TrainingError) as e:
+        fit(VAE(4), objective(TINY), x, 1, 8, progress=False)
+    one_sentence(e.value)
+    with pytest.raises((DisentanglementError, DataError)):
+        evaluate(vae.posterior, x, np.arange(60) % 3)
+    with pytest.raises(DataError):
+        LatentExplorer(vae, ImageData(x, None))
+
+
+def test_a_model_reads_images_as_they_lie_in_memory():
+    vae = VAE(4).eval()
+    want = vae(HALF[:4])
+    for x in (X[:4], X[:4].numpy(), X[:4, 0], X[:4].long(), HALF[:4].double()):
+        assert_close(vae(x), want)
+    code = vae.posterior(X[:4]).mode
+    assert_close(vae.log_likelihood(X[:4], code), vae.log_likelihood(HALF[:4], code))
+
+
+# ------------------------------------------------------------------ what no float32 may change
+@pytest.mark.parametrize('logit', [1e-3, .5, 5., 16., 50., 200., 1e4, 1e20])
+def test_a_sure_continuous_bernoulli_is_as_sure_as_its_logit_says(logit):
+    p, l = LIKELIHOODS['continuous_bernoulli'](torch.tensor([logit, -logit])), np.float64(logit)
+    high = 1/-np.expm1(-l) - 1/l
+    assert p.mean[0].item() == pytest.approx(high, abs=1e-6)
+    low = 1/l + np.exp(-l)/np.expm1(-l)
+    assert p.mean[1].item() == pytest.approx(low, rel=1e-5)
+    right = .3*l - l + np.log(l/-np.expm1(-l))
+    assert p.log_prob(torch.tensor(.3))[0].item() == pytest.approx(right, rel=1e-5, abs=1e-5)
+
+
+# ------------------------------------------------------------------ modes
+def test_looking_at_a_model_in_training_mode_does_not_change_it():
+    vae = VAE(4, network='large').train()
+    vae.decoder.eval()
+    modes, numbers = [m.training for m in vae.modules()], VAE(4, network='large')
+    numbers.load_state_dict(vae.state_dict())
+    explorer = LatentExplorer(vae, ImageData(X, None))
+    explorer.sliders[0].value += 1
+    evaluate(lambda b: vae.posterior(b).z, X, np.arange(60) % 3, {'MIG': mig}, halves=0)
+    assert same(vae, numbers) and modes == [m.training for m in vae.modules()]
+
+
+# ------------------------------------------------------------------ trainings
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A finished run of a tiny model, and the checkpoint that it had on its way."
+    folder, kept = tmp_path_factory.mktemp('run'), []
+    with pytest.MonkeyPatch.context() as patch:
+        save = training.save_checkpoint
+        def keeping(path, **state):
+            save(path, **state)
+            kept.append(path.read_bytes())
+        patch.setattr(training, 'save_checkpoint', keeping)
+        train(TINY, folder, progress=False, every=1)
+    return folder, kept[0]
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_believed(run, tmp_path):
+    rng, file = random.Random(0), tmp_path/'checkpoint.pt'
+    file.write_bytes(run[1])
+    settings = torch.load(file, weights_only=True)['settings']
+    for _ in range(15):
+        file.write_bytes(flipped(run[1], rng.randrange(8*len(run[1]))))
+        with pytest.raises(TrainingError) as e:
+            load_checkpoint(file, settings)
+        one_sentence(e.value)
+
+
+def test_no_flipped_bit_of_weights_is_believed(run, tmp_path):
+    shutil.copytree(run[0], tmp_path/'run')
+    rng, file = random.Random(0), tmp_path/'run'/'weights.safetensors'
+    whole, vae = file.read_bytes(), build(TINY)
+    for _ in range(15):
+        file.write_bytes(flipped(whole, rng.randrange(8*len(whole))))
+        with pytest.raises(TrainingError, match='damaged'):
+            load_weights(file, vae)
+
+
+def test_another_set_of_images_does_not_get_the_model_of_the_first(tmp_path):
+    first = train(TINY, tmp_path/'a', data=X, progress=False)
+    with pytest.raises(TrainingError, match='other settings or images'):
+        train(TINY, tmp_path/'a', data=255 - X, progress=False)
+    assert not same(first, train(TINY, tmp_path/'b', data=255 - X, progress=False))
+    assert same(first, train(TINY, tmp_path/'a', data=X, progress=False))
+
+
+@pytest.mark.parametrize('n_c', [0, 10])
+def test_a_training_that_diverges_says_so_and_names_no_file_that_is_not_there(tmp_path, n_c):
+    wild = TINY.model_copy(update={'lr': 1e20, 'n_c': n_c, 'steps': 5})
+    with pytest.raises(TrainingError, match='training diverged') as e:
+        train(wild, tmp_path/'run', data=X, progress=False)
+    assert 'checkpoint' not in one_sentence(e.value) and not (tmp_path/'run').exists()
+
+
+def test_one_image_that_is_no_number_is_named(tmp_path):
+    x = HALF.clone()
+    x[3] = math.nan
+    with pytest.raises(TrainingError, match='not finite, the first in image 3'):
+        train(TINY, tmp_path, data=x, progress=False)
+
+
+@pytest.mark.parametrize('where', ['write_bytes', 'unlink'])
+def test_what_a_killed_training_left_is_swept_away(tmp_path, where):
+    if not (child := os.fork()):
+        def killed(self, *args, do=getattr(Path, where), **kw):
+            if 'checkpoint' not in self.name: return do(self, *args, **kw)
+            if where == 'write_bytes':
+                do(self, args[0][:len(args[0])//2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        setattr(Path, where, killed)
+        train(TINY, tmp_path, progress=False, every=1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    train(TINY, tmp_path, progress=False, every=1)
+    assert {f.name for f in tmp_path.iterdir()} == {'curves.csv', 'run.json', 'weights.safetensors'}
+
+
+# ------------------------------------------------------------------ presets and the command line
+IMPOSSIBLE = {
+    'digits.entangled': [{'size': 48}, {'size': 33}, {'network': 'large', 'size': 128},
+                         {'channels': 3}, {'n_z': 10**12}],
+    'digits.disentangled': [{'n_c': 0}],
+    'mnist.tc': [{'data': 'digits'} | more for more in ({}, {'n_data': 10}, {'batch': 1})],
+    'mnist.factor': [{'data': 'digits', 'batch': 1}]}
+
+@pytest.mark.parametrize('name, change', [(n, c) for n, cs in IMPOSSIBLE.items() for c in cs])
+def test_presets_that_no_model_can_have_end_in_a_sentence(tmp_path, name, change):
+    words = [w for k, v in {'steps': 2, **change}.items() for w in ('--set', f'{k}={v}')]
+    asked = CliRunner().invoke(cli.app, ['train', name, '--runs', str(tmp_path/'runs'), *words])
+    assert asked.exit_code == 1 and isinstance(asked.exception, SystemExit)
+    one_sentence(asked.output.strip())
+    assert not (tmp_path/'runs').exists()
+
+
+def test_a_seed_that_torch_does_not_take_ends_in_a_sentence(tmp_path):
+    with pytest.raises(SettingsError, match='less than 2'):
+        train(TINY, tmp_path, seed=2**32, progress=False)
+
+
+@pytest.mark.parametrize('change', [{'seeds': '0, 0'}, {'pairs': '1, 1, 1',
+                                     'attacks': 'attack.none, attack.strong, attack.strong'}])
+def test_nothing_counts_twice(change):
+    with pytest.raises(SettingsError, match='is named twice'):
+        preset('job.smoke', models='digits.entangled', **change)
+
+
+# ------------------------------------------------------------------ sweeps and tables
+def test_a_torn_line_of_the_clock_does_not_stop_the_next_plan(tmp_path):
+    cells, one = [{'a': i} for i in range(4)], lambda cell: pd.DataFrame({'v': [cell['a']]})
+    go = partial(sweep, compute=one, folder=tmp_path, progress=False, jobs=1)
+    go(cells[:2])
+    clock = tmp_path/'seconds.jsonl'
+    clock.write_bytes(clock.read_bytes()[:-15])
+    go(cells[:3])
+    found = plan(cells, tmp_path)
+    assert found['done'] == 3 and math.isfinite(found['seconds'])
+
+
+def test_an_answer_that_was_cut_short_is_computed_again(tmp_path):
+    cell, fifty = {'a': 1}, lambda _: pd.DataFrame({'v': range(50)})
+    sweep([cell], fifty, tmp_path, progress=False, jobs=1)
+    file = path_of(cell, tmp_path)
+    file.write_text(file.read_text()[:-20])
+    assert answer(cell, tmp_path) is None
+    assert len(sweep([cell], fifty, tmp_path, progress=False, jobs=1)) == 50
+
+
+def test_a_cell_whose_process_dies_takes_no_other_with_it(tmp_path):
+    def compute(cell):
+        import os, pandas
+        if cell.get('die'):
+            os._exit(9)
+        return pandas.DataFrame({'v': [1]})
+    cells = [{'a': 0}, {'a': 1, 'die': True}, {'a': 2}]
+    with pytest.raises(SweepError, match='1 of 3 cells failed, the others are done') as e:
+        sweep(cells, compute, tmp_path, progress=False, jobs=2)
+    assert json.dumps(cells[1]) in str(e.value)
+    assert [answer(c, tmp_path) is not None for c in cells] == [True, False, True]
+
+
+def test_odd_cells_and_backends_get_a_sentence(tmp_path):
+    one = lambda _: pd.DataFrame({'v': [1]})
+    assert sweep([], one, tmp_path, progress=False, jobs=1).empty
+    odd = [{'a': np.int64(1)}, {'a': (1, 2)}]
+    assert len(sweep(odd, one, tmp_path, progress=False, jobs=1)) == 2
+    for cell, backend in (({'a': object()}, 'local'), ({'b': 1}, 'dask')):
+        with pytest.raises(SweepError) as e:
+            sweep([cell], one, tmp_path, backend, progress=False)
+        one_sentence(e.value)
+
+
+def test_a_table_comes_back_as_it_went(tmp_path):
+    table = pd.DataFrame({'name': ['run #1', 'None', 'NA', '007', ''],
+                          'n': ['007', '1', '2', '3', '4'], 'rate': [.5, 1, 2, math.nan, 4]})
+    keep_table(tmp_path/'kept.csv', {'a': 1}, table)
+    save_csv(table, 'saved', tmp_path)
+    for back in (kept_table(tmp_path/'kept.csv', {'a': 1}), read_table(tmp_path/'saved.csv')):
+        pd.testing.assert_frame_equal(back, table)
+
+
+@pytest.mark.parametrize('text', ['', 'model,seed\n', '<<<<<<< HEAD\n# {}\n',
+                                  '# {"cells": \n', '\xff'])
+def test_a_damaged_table_in_the_way_of_a_publication_gets_a_sentence_at_most(tmp_path, text):
+    path, new = tmp_path/'t.csv', pd.DataFrame({'model': ['a'], 'v': [1.]})
+    path.write_text(text, 'latin1')
+    assert facts_of(path) == {}
+    try:
+        publish(new, 't', {'a': 'key'}, ['model'], tmp_path)
+    except TableError as e:
+        assert 't.csv is damaged' in one_sentence(e)
+        path.unlink()
+        publish(new, 't', {'a': 'key'}, ['model'], tmp_path)
+    pd.testing.assert_frame_equal(read_table(path), new)
+
+
+# ------------------------------------------------------------------ metrics
+RNG = np.random.default_rng(0)
+V = np.stack([RNG.integers(0, 5, 600), RNG.permutation(np.arange(600) % 3)], 1)
+Z = np.c_[V + .1*RNG.normal(size=V.shape), RNG.normal(size=600)]
+WIDTH = np.full_like(Z, .1)
+
+def test_metrics_care_for_no_unit_and_no_wrapping():
+    sharp = mig_samples(Code(Z, np.full_like(Z, 1e-40)), V, halves=0).value
+    assert 0 <= sharp <= 1
+    shifted = [mig_samples(Code(Z + by, WIDTH), V, halves=0).value for by in (0, 1e8)]
+    assert shifted[0] == pytest.approx(shifted[1], abs=1e-4)
+    z = torch.tensor(Z)
+    assert mig(Independent(Normal(z, .1), 1), V) == mig(Normal(z, .1), V)
+    last, second = (dci(Z, V, nominal=[k], halves=0) for k in (-1, 1))
+    assert [score.value for score in last] == [score.value for score in second]
+
+
+@pytest.mark.parametrize('score', [
+    lambda: udr([Z[:1], Z[:1]]), lambda: udr([Z[:2], -Z[:2]]), lambda: mig({'z': Z}, V),
+    lambda: dci(Z, V, nominal=[7], halves=0), lambda: sap(Z, V, nominal=[7]),
+    lambda: beta_score(Z, V, votes=1, halves=0), lambda: mig(Z, V, bins=0),
+    lambda: mig(torch.rand(600, 1, 4, 4), V),
+    lambda: evaluate(lambda x: x.flatten(1), torch.rand(0, 1, 4, 4), V[:0]),
+    lambda: purity([], []), lambda: purity([1, 2, 3], [1, 2])])
+def test_what_no_metric_can_score_gets_a_sentence(score):
+    with pytest.raises(ValueError) as e:
+        score()
+    assert type(e.value) in (DisentanglementError, ValueError) and 'array' not in str(e.value)
+    one_sentence(e.value)
+
+
+# ------------------------------------------------------------------ the explorer
+def file_of(picture, name='own.png'):
+    "A PIL image, or bytes, as the widget hands it over."
+    if not isinstance(picture, bytes):
+        picture.save(file := io.BytesIO(), 'PNG')
+        picture = file.getvalue()
+    return {'name': name, 'type': 'image/png', 'size': len(picture), 'content': memoryview(picture),
+            'last_modified': pd.Timestamp(0)},
+
+
+@pytest.fixture
+def explorer():
+    return LatentExplorer(VAE(3, 3).eval(), ImageData(X, None))
+
+
+def test_the_same_file_can_come_again(explorer):
+    white = Image.new('L', (28, 28), 255)
+    explorer.upload.value = file_of(white)
+    explorer.index.value = 5
+    assert torch.equal(explorer.x, HALF[5:6])
+    explorer.upload.value = file_of(white)
+    assert explorer.x.min() == 1
+
+
+def test_an_upload_lies_on_black_and_is_turned(explorer):
+    a, exif = np.full((32, 32, 4), 255, np.uint8), Image.Exif()
+    a[..., 3], exif[0x0112] = 0, 6
+    a[:16, :, 3] = 255
+    Image.fromarray(a).save(file := io.BytesIO(), 'PNG', exif=exif)
+    explorer.upload.value = file_of(file.getvalue())
+    assert explorer.x[0, 0, :, 16:].min() == 1 and explorer.x[0, 0, :, :16].max() == 0
+    deep = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
+    explorer.upload.value = file_of(Image.fromarray(deep))
+    assert_close(explorer.x[0, 0, 0], torch.tensor(deep[0]//257)/255)
+
+
+@pytest.mark.parametrize('content', [b'', b'words', 'cut', 'bomb'])
+def test_what_is_no_picture_gets_a_sentence_and_the_sliders_live(explorer, content, monkeypatch):
+    whole = bytes(file_of(Image.new('L', (99, 99), 255))[0]['content'])
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 5000)
+    content = {'cut': whole[:50], 'bomb': whole}.get(content, content)
+    explorer.upload.value = file_of(content, 'mine.png')
+    assert 'mine.png is not a picture' in explorer.note.value
+    before = explorer.image.value
+    explorer.sliders[0].value += 1
+    assert explorer.image.value != before
+
+
+def test_a_grey_picture_is_taken_by_a_colour_model():
+    noise = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    explorer = LatentExplorer(VAE(4, 0, 3, 64).eval(), ImageData(noise, None))
+    explorer.upload.value = file_of(Image.new('L', (28, 28), 255))
+    assert explorer.x.shape == (1, 3, 64, 64) and explorer.x.min() == 1
+
+
+def test_what_is_decoded_is_the_code_however_far_out(explorer):
+    vae = VAE(3, 3).eval()
+    with torch.no_grad():
+        vae.encoder[-1].bias[:3] = torch.tensor([9., -8., 0.])
+    explorer = LatentExplorer(vae, ImageData(X, None))
+    assert_close(explorer.code, vae.posterior(HALF[:1]).mode)
+    assert {(s.min <= -5, s.max >= 5) for s in explorer.sliders} == {(True, True)}
+
+
+def test_the_explorer_counts_its_categories(explorer):
+    explorer.category.index = (explorer.category.index + 1) % 3
+    assert 'c = 0 to 2' in explorer.note.value
+
+
+def test_models_that_cannot_share_an_explorer_are_named():
+    with pytest.raises(ValueError, match='a: n_z = 3.*b: n_z = 4'):
+        LatentExplorer({'a': VAE(3), 'b': VAE(4)}, ImageData(X, None))
