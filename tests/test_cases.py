@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from vae_robust import cli, data as data_module, training
 from vae_robust.data import DataError, ImageData, as_images, load
-from vae_robust.disentanglement import (Code, DisentanglementError, beta_score, dci, evaluate, mig,
-                                        mig_samples, sap, udr)
+from vae_robust.metrics import (Code, DisentanglementError, beta_score, dci, evaluate, mig,
+                                mig_samples, sap, udr)
 from vae_robust.explorer import LatentExplorer
 from vae_robust.joint_vae import purity
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,

@@ -202,26 +202,25 @@ def readable(model, x):
 class VAE(nn.Module):
     """Encoder, decoder and likelihood for images (B, channels, size, size), grey values in [0, 1],
     size a power of two >= 32; `n_z` Gaussian latents and, if `n_c` > 0, one `n_c`-way categorical,
-    relaxed at temperature `tau` in training; keys of `LIKELIHOODS` and `NETWORKS`. ValueError for
-    anything else; images of another kind go through `as_images`, which raises `DataError`."""
-    def __init__(self, n_z=10, n_c=0, channels=1, size=32, tau=.67,
-                 likelihood='bernoulli', network='small'):
-        super().__init__()
+    relaxed at temperature `tau` in training; keys of `LIKELIHOODS` and `NETWORKS`, or ValueError."""
+    def __init__(self, n_z=10, n_c=0, channels=1, size=32, tau=.67, likelihood='bernoulli',
+                 network='small'):
         check_vae(size, likelihood, network)
-        vars(self).update(n_z=n_z, n_c=n_c, tau=tau, likelihood=likelihood, shape=(channels, size, size))
-        encoder, decoder = NETWORKS[network]
+        super().__init__()
+        self.n_z, self.n_c, self.tau, self.likelihood = n_z, n_c, tau, likelihood
+        self.shape, (encoder, decoder) = (channels, size, size), NETWORKS[network]
         self.encoder = encoder(channels, size, 2*n_z + n_c)
         self.decoder = decoder(channels, size, n_z + n_c)
 
     def encode(self, x):
-        "What the encoder emits: mean and log variance (B, n_z), unnormalised logits (B, n_c)."
+        "What the encoder emits: mean and log variance (B, n_z), logits (B, n_c). `readable` images."
         return self.encoder(readable(self, x)).float().split([self.n_z, self.n_z, self.n_c], -1)
 
     def posterior(self, x):
         "q(z, c|x) for images x: a `Posterior`."
         mu, lv, logits = self.encode(x)
         c = OneHotCategorical(logits=logits, validate_args=False) if self.n_c else None
-        return Posterior(Normal(mu, (lv/2).exp(), validate_args=False), c, self.tau)  # sigma = exp(lv/2)
+        return Posterior(Normal(mu, (lv/2).exp(), validate_args=False), c, self.tau)
 
     def log_likelihood(self, x, code):
         "log p(x|code) in nats, summed over channels and pixels, (4.8): (B,)."
