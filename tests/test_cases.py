@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vae_robust import cli, data as data_module, training
 from vae_robust.data import DataError, ImageData, as_images, load
-from vae_robust.metrics import (Code, DisentanglementError, beta_score, dci, evaluate, mig,
+from vae_robust.metrics import (Code, DisentanglementError, beta_score, dci, score_all, mig,
                                 mig_samples, sap, udr)
 from vae_robust.explorer import LatentExplorer
 from vae_robust.joint_vae import purity
@@ -205,7 +205,7 @@ def test_no_training_metric_or_explorer_takes_images_of_another_range(change):
         fit(VAE(4), objective(TINY), x, 1, 8, progress=False)
     one_sentence(e.value)
     with pytest.raises((DisentanglementError, DataError)):
-        evaluate(vae.posterior, x, np.arange(60) % 3)
+        score_all(vae.posterior, x, np.arange(60) % 3)
     with pytest.raises(DataError):
         LatentExplorer(vae, ImageData(x, None))
 
@@ -239,7 +239,7 @@ def test_looking_at_a_model_in_training_mode_does_not_change_it():
     numbers.load_state_dict(vae.state_dict())
     explorer = LatentExplorer(vae, ImageData(X, None))
     explorer.sliders[0].value += 1
-    evaluate(lambda b: vae.posterior(b).z, X, np.arange(60) % 3, {'MIG': mig}, halves=0)
+    score_all(lambda b: vae.posterior(b).z, X, np.arange(60) % 3, {'MIG': mig}, halves=0)
     assert same(vae, numbers) and modes == [m.training for m in vae.modules()]
 
 
@@ -438,7 +438,7 @@ def test_metrics_care_for_no_unit_and_no_wrapping():
     lambda: dci(Z, V, nominal=[7], halves=0), lambda: sap(Z, V, nominal=[7]),
     lambda: beta_score(Z, V, votes=1, halves=0), lambda: mig(Z, V, bins=0),
     lambda: mig(torch.rand(600, 1, 4, 4), V),
-    lambda: evaluate(lambda x: x.flatten(1), torch.rand(0, 1, 4, 4), V[:0]),
+    lambda: score_all(lambda x: x.flatten(1), torch.rand(0, 1, 4, 4), V[:0]),
     lambda: purity([], []), lambda: purity([1, 2, 3], [1, 2])])
 def test_what_no_metric_can_score_gets_a_sentence(score):
     with pytest.raises(ValueError) as e:

@@ -57,7 +57,7 @@ def test_train_attack_and_resume(tmp_path):
     (('attack', 'mnist.entangled', '--seed', '99'),
      'No weights are shipped for mnist.entangled with seed 99'),
     (('attack', 'faces.entangled', '--judge', 'judge.faces', '--length', 'train.smoke'),
-     'judges see grey images; for faces there is vae_robust.experiments.faces.report'),
+     'judges see grey images; for faces there is vae_robust.experiments.faces.report_faces'),
     (('study', 'study.smoke', '--backend', 'dask'), "There is no backend 'dask'"),
 ])
 def test_mistakes_get_one_sentence_and_status_1(tmp_path, args, words):

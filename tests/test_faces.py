@@ -660,8 +660,8 @@ def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path
         monkeypatch.setattr(module, 'preset', shorter)
     monkeypatch.setattr(ch15, 'dead', lambda model, x: False)                            # three steps
     ch15.images.cache_clear()
-    seeds = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')
-    again = ch15.report('job.celeba', tmp_path/'runs', tmp_path/'out')  # taken up: the same numbers
+    seeds = ch15.report_faces('job.celeba', tmp_path/'runs', tmp_path/'out')
+    again = ch15.report_faces('job.celeba', tmp_path/'runs', tmp_path/'out')  # taken up: the same numbers
     pd.testing.assert_frame_equal(again, seeds, check_exact=True)
     ch15.images.cache_clear()
     assert sorted(f.name for f in (tmp_path/'out').iterdir()) == [

@@ -14,7 +14,7 @@ from torch.distributions import Normal, OneHotCategorical
 from vae_robust import metrics
 from vae_robust.metrics import (METRICS, Code, DisentanglementError, Score, active_units,
                                         agreement, beta_score, checked, class_accuracy, code,
-                                        concentration, dci, encode, entropies, evaluate,
+                                        concentration, dci, encode, entropies, score_all,
                                         factor_score, gap, gaussian_tc, importances, metric, mig,
                                         mig_samples, modularity, mutual_information,
                                         sampled_information, sap, table, udr)
@@ -513,14 +513,14 @@ def test_encode_goes_in_batches_without_gradients():
 def test_evaluate_a_network_and_a_function():
     v = np.array(list(itertools.product(range(5), range(6))))
     x, model = torch.rand(30, 1, 32, 32), VAE(3, n_c=2)
-    table = evaluate(model.posterior, x, v, halves=2)
+    table = score_all(model.posterior, x, v, halves=2)
     assert list(table.columns) == ['value', 'error']
     assert 'MIG, samples' in table.index
     assert 'DCI completeness' in table.index
     assert len(table) == len(METRICS) + 2
-    plain = evaluate(lambda x: x.reshape(len(x), -1)[:, :3].numpy(), x, v, halves=2)
+    plain = score_all(lambda x: x.reshape(len(x), -1)[:, :3].numpy(), x, v, halves=2)
     assert 'MIG, samples' not in plain.index and len(plain) == len(METRICS) + 1
-    assert evaluate(v, None, v, {'SAP': partial(sap, nominal=[0])}, halves=0).value.SAP > .5
+    assert score_all(v, None, v, {'SAP': partial(sap, nominal=[0])}, halves=0).value.SAP > .5
 
 
 # ---------------------------------------------------------------- one clear sentence
@@ -615,7 +615,7 @@ def test_information_from_posteriors_is_a_number_and_knows_no_shift(std, shift):
     (lambda z, v: active_units(z, v, least=float('nan')), 'least = nan'),
     (lambda z, v: factor_score(z, v, least=float('nan')), 'least = nan'),
     (lambda z, v: mig_samples(Code(z, z*0 + 1), v, samples=0), 'samples = 0'),
-    (lambda z, v: evaluate(lambda x: x.flatten(1), torch.rand(0, 1, 4, 4), v[:0]), 'no images')])
+    (lambda z, v: score_all(lambda x: x.flatten(1), torch.rand(0, 1, 4, 4), v[:0]), 'no images')])
 def test_what_no_metric_can_do_gets_a_sentence(score, words):
     with pytest.raises(DisentanglementError, match=words) as e:
         score(*code_of_two())

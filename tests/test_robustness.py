@@ -17,7 +17,7 @@ from vae_robust.judges import agreement
 from vae_robust.robustness import (against_radius, auddc, jacobians, kept, margins, spectrum, ssim,
                                    stays_within, tally, together, transfer, worst)
 from vae_robust.statistics import bootstrap, interval, t_interval, welch
-from vae_robust.judges import NETWORKS, pretrained_judge, shifted, judged, lenet, train_judge
+from vae_robust.judges import JUDGE_NETWORKS, pretrained_judge, shifted, judged, lenet, train_judge
 from vae_robust.attacks import attack, relative_weights
 from vae_robust.robustness import trial, counts, cut, evaluate, pairs, rates, reconstruct
 from vae_robust.statistics import mean_rate, wilson
@@ -201,9 +201,9 @@ def test_an_attack_weighs_the_norm_by_pair_if_it_is_relative(model, digits):
         attack(model, x, None, preset('attack.damage', relative=True), progress=False)
 
 
-@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('network', JUDGE_NETWORKS)
 def test_judges_are_deterministic_and_know_ten_classes(network):
-    judge, x = NETWORKS[network]().eval(), torch.rand(3, 1, 32, 32)
+    judge, x = JUDGE_NETWORKS[network]().eval(), torch.rand(3, 1, 32, 32)
     assert judge(x).shape == (3, 10) and torch.equal(judge(x), judge(x))
 
 
@@ -466,7 +466,7 @@ def test_only_dropout_is_switched_on():
     torch.manual_seed(0)
     x = torch.rand(50, 1, 32, 32)
     for network, changes in (('residual', False), ('strided', True)):
-        judge = NETWORKS[network]()
+        judge = JUDGE_NETWORKS[network]()
         before = {k: v.clone() for k, v in judge.state_dict().items()}
         plain, dropped = judged(judge, x), [judged(judge, x, dropout=True) for _ in range(4)]
         assert all(torch.equal(v, before[k]) for k, v in judge.state_dict().items())

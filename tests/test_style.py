@@ -176,3 +176,27 @@ def test_long_functions_are_found():
     function = lambda n: 'def f():\n' + '    a\n'*(n - 1)
     assert list(long_functions(function(25))) == []
     assert list(long_functions(function(26))) == ['f: 26 lines of code, not 25']
+
+
+# ---------------------------------------------------------------- public names
+
+PUBLIC, EACH = 270, 30  # in all, and in a module
+
+
+def public():
+    "The names that each module exports: {module: names}."
+    found = {}
+    for f in FILES:
+        if f.startswith('vae_robust/') and '__all__' in (text := (ROOT/f).read_text()):
+            tree = ast.parse(text).body
+            names = [n.value for n in tree if isinstance(n, ast.Assign) and n.targets[0].id == '__all__']
+            found[f] = [e.value for e in names[0].elts] if isinstance(names[0], ast.List) else []
+    return {f: names for f, names in found.items() if f != 'vae_robust/__init__.py'}
+
+
+def test_there_are_few_public_names_and_each_has_one_meaning():
+    names = public()
+    where = {n: [f for f in names if n in names[f]] for n in sum(names.values(), [])}
+    assert {n: files for n, files in where.items() if len(files) > 1} == {}
+    assert sum(map(len, names.values())) <= PUBLIC
+    assert {f: len(n) for f, n in names.items() if len(n) > EACH} == {}

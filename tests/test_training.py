@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from vae_robust import training
 from vae_robust.data import load
 from vae_robust.settings import SettingsError, preset
-from vae_robust.training import (OBJECTIVES, TrainingError, alive, build, cosine, dead, fit,
+from vae_robust.training import (LOSSES, TrainingError, alive, build, cosine, dead, fit,
                                  forward_dtype, identity, load_weights, minibatches, noted_signals,
                                  objective, save_weights, unchecked,
                                  hashes, learning_curve, pretrained, publish_curves, read_weights,
@@ -119,7 +119,7 @@ class Silence(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize('name', OBJECTIVES)
+@pytest.mark.parametrize('name', LOSSES)
 def test_a_step_can_be_recorded_as_a_graph(name, monkeypatch):
     def tensor(*values, device='cpu', make=torch.tensor, **kw):
         assert str(device) == 'cpu', 'numbers are sent to the device'
@@ -140,7 +140,7 @@ def test_a_step_can_be_recorded_as_a_graph(name, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a graphics card')
-@pytest.mark.parametrize('name', OBJECTIVES)
+@pytest.mark.parametrize('name', LOSSES)
 def test_on_a_card_a_graph_gives_the_bytes_of_single_kernels(name, monkeypatch):
     p, x = preset('digits.disentangled', objective=name), load('digits').x.cuda()
     def trained():
