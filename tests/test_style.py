@@ -189,7 +189,8 @@ def public():
     for f in FILES:
         if f.startswith('vae_robust/') and '__all__' in (text := (ROOT/f).read_text()):
             tree = ast.parse(text).body
-            names = [n.value for n in tree if isinstance(n, ast.Assign) and n.targets[0].id == '__all__']
+            is_all = lambda n: isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'
+            names = [n.value for n in tree if is_all(n)]
             found[f] = [e.value for e in names[0].elts] if isinstance(names[0], ast.List) else []
     return {f: names for f, names in found.items() if f != 'vae_robust/__init__.py'}
 
