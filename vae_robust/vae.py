@@ -209,9 +209,8 @@ class VAE(nn.Module):
         super().__init__()
         check_vae(size, likelihood, network)
         vars(self).update(n_z=n_z, n_c=n_c, tau=tau, likelihood=likelihood, shape=(channels, size, size))
-        encoder, decoder = NETWORKS[network]
-        self.encoder = encoder(channels, size, 2*n_z + n_c)
-        self.decoder = decoder(channels, size, n_z + n_c)
+        self.encoder = NETWORKS[network][0](channels, size, 2*n_z + n_c)
+        self.decoder = NETWORKS[network][1](channels, size, n_z + n_c)
 
     def encode(self, x):
         "What the encoder emits: mean and log variance (B, n_z), unnormalised logits (B, n_c)."
