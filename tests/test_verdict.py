@@ -8,8 +8,8 @@ from vae_robust.settings import preset, read_table
 from vae_robust.sweep import SweepError
 from vae_robust.vae import Posterior
 from vae_robust.verdict import (association, compare_rates, gaps, model_diagnostics, partial_rank,
-                                publish_doses, publish_study, published, rates_by_seed, respond,
-                                slopes, sweep_table, tidy)
+                                publish_doses, publish_study, rates_by_seed, respond, slopes,
+                                study_rows, sweep_table, tidy)
 
 
 def rows(after, before=(3, 3, 5, 5)):
@@ -68,7 +68,7 @@ def test_what_is_published_can_be_read_and_keeps_what_another_machine_has(study,
     monkeypatch.setattr(verdict, 'preset', toy)
     monkeypatch.setattr(verdict, 'answered', lambda asked, runs: answers)
     t = publish_study('toy', tmp_path, tmp_path)
-    pd.testing.assert_frame_equal(published('toy', tmp_path), t, check_dtype=False)
+    pd.testing.assert_frame_equal(study_rows('toy', tmp_path), t, check_dtype=False)
     monkeypatch.setattr(verdict, 'answered', lambda asked, runs: answers[:1])
     again = publish_study('toy', tmp_path, tmp_path)
     by = [*t.columns[:6]]
