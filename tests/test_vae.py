@@ -1,4 +1,5 @@
 import itertools, math
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
@@ -8,9 +9,9 @@ from torch.distributions import (Bernoulli, Independent, MultivariateNormal, Nor
                                  OneHotCategorical, kl_divergence)
 from torch.testing import assert_close
 
-from vae_robust.vae import (LIKELIHOODS, VAE, Posterior, decoder, elbo, encoder, gaussian_kl, kl,
-                            log_importance_weights, log_marginal,
-                            parts, pixel_entropy)
+from vae_robust.vae import (LIKELIHOODS, VAE, Posterior, decoder, elbo, encoder, evaluating,
+                            gaussian_kl, kl, log_density, log_importance_weights, log_marginal,
+                            parts, pixel_entropy, reached)
 
 examples = settings(max_examples=50, deadline=None)
 number, log_var = st.floats(-4, 4), st.floats(-6, 3)
@@ -75,6 +76,34 @@ def test_kl_of_a_posterior_whose_variance_is_no_number_of_single_precision(lv):
     slope, = torch.autograd.grad(kl_z.sum(), lv)
     assert kl_z.item() == pytest.approx((9 - 1 - lv.item())/2)
     assert slope.item() == pytest.approx(-.5)
+
+
+ENDS = [1e-37, 1e-25, 1e-15, 1e-3, 1., 1e3, 1e15, 1e19]
+
+@pytest.mark.parametrize('sigma', ENDS)
+@pytest.mark.parametrize('mu', [0., *ENDS])
+def test_divergence_and_density_are_right_to_the_ends_of_single_precision(mu, sigma):
+    mu, sigma = torch.tensor([[mu]], requires_grad=True), torch.tensor([[sigma]], requires_grad=True)
+    wide = Normal(mu.detach().double(), sigma.detach().double())
+    standard = Normal(torch.zeros_like(wide.loc), torch.ones_like(wide.loc))
+    kl_z = kl(Posterior(Normal(mu, sigma)))[0]
+    assert_close(kl_z.double(), kl_divergence(wide, standard), rtol=1e-5, atol=1e-5)
+    z = mu.detach() + sigma.detach()/2
+    log_q = log_density(Normal(mu, sigma), z)
+    assert_close(log_q.double(), wide.log_prob(z.double()), rtol=1e-5, atol=1e-5)
+    slopes = torch.autograd.grad((kl_z + log_q).sum(), (mu, sigma))
+    assert not any(s.isnan().any() for s in slopes)
+
+
+def test_two_narrow_gaussians_are_compared_where_no_variance_is_a_number():
+    mu, lv = torch.tensor([1e-25]), torch.tensor([-115.])
+    assert gaussian_kl(mu, lv, 0., -115.).item() == pytest.approx(1e-50*math.exp(115)/2)
+
+
+def test_a_categorical_that_is_certain_beyond_all_numbers_costs_log_k():
+    logits = torch.tensor([[3e38, -3e38, 0.]])
+    q = Posterior(Normal(torch.zeros(1, 1), 1.), OneHotCategorical(logits=logits))
+    assert kl(q)[1].item() == pytest.approx(math.log(3))
 
 
 def test_kl_agrees_with_monte_carlo(model, digits):
@@ -398,3 +427,43 @@ def test_one_sample_is_the_bound_on_average(model, digits):
     kl_z, kl_c = kl(model.posterior(digits))
     error = 6*(log_w.std(0)/20 + rec.std(0)/10) + .01
     assert ((log_w.mean(0) + rec.mean(0) + kl_z.sum(1) + kl_c).abs() < error).all()
+
+
+# ------------------------------------------------------------------ modes
+class Holder:
+    "An object that is no function and holds a model."
+    def __init__(self, model): self.model = model
+    def view(self, x): return self.model(x)
+
+def inner(model):
+    "A function in a function in a function that knows the model."
+    return lambda x: (lambda y: (lambda z: model(z))(y))(x)
+
+HIDDEN = VAE(3, network='large')
+
+@pytest.mark.parametrize('view', [
+    HIDDEN, HIDDEN.forward, HIDDEN.decoder, inner(HIDDEN), partial(inner(HIDDEN)), Holder(HIDDEN).view,
+    lambda x: HIDDEN(x), lambda x: [HIDDEN(y) for y in x], lru_cache(inner(HIDDEN)),
+    torch.nn.DataParallel(HIDDEN), torch.no_grad()(inner(HIDDEN)), {'a': [Holder(HIDDEN)]},
+    lambda x, model=HIDDEN: model(x)])
+def test_a_model_is_found_wherever_it_hides_and_left_in_its_mode(view):
+    HIDDEN.train()
+    HIDDEN.decoder[2].eval()
+    modes = [m.training for m in HIDDEN.modules()]
+    with pytest.raises(KeyError), evaluating(view):
+        assert not any(m.training for m in HIDDEN.decoder.modules())
+        raise KeyError
+    assert modes == [m.training for m in HIDDEN.modules()]
+
+
+def test_what_holds_no_model_reaches_none_and_circles_end():
+    circle = [math.sin, torch.relu, np.zeros(3), torch.zeros(3), 'text', VAE, torch, None]
+    circle.append(circle)
+    assert reached(circle, lambda x: x + 1) == []
+
+
+def test_importance_weights_do_not_move_the_averages_of_a_model_in_training_mode():
+    model, x = VAE(3, network='large').train(), torch.rand(8, 1, 32, 32)
+    before = model.encoder[1].running_mean.clone()
+    log_marginal(model, x, K=2)
+    assert torch.equal(model.encoder[1].running_mean, before) and model.training

@@ -28,7 +28,7 @@ def gaussian_kl(mu, lv, # mean and log variance of q, any shape
     """KL of N(mu, exp(lv)) to N(mu_p, exp(lv_p)), equation (4.2), one number per latent, in nats:
     sum them over the latents, (4.3)."""
     d, lv_p = lv - lv_p, torch.as_tensor(lv_p)
-    return (torch.expm1(d) - d + (mu - mu_p)**2*torch.exp(-lv_p))/2
+    return (torch.expm1(d) - d + ((mu - mu_p)*torch.exp(-lv_p/2))**2)/2
 
 # %% ../nbs/04_vae.ipynb #2795d430
 class Posterior(NamedTuple):
