@@ -13,7 +13,7 @@ from scipy.stats import norm as gaussian
 from torch import Tensor
 from torch.func import jacrev, vmap
 from .attacks import attack
-from .data import pixels
+from .data import as_images, pixels
 from .judges import judged
 from .objectives import features, norm
 from .optimisers import BALLS
@@ -195,7 +195,8 @@ def window(width=11, sigma=1.5):
 # %% ../nbs/21_robustness.ipynb #ea28a5c2
 def ssim(a, b):
     """Structural similarity (21.3) of images a and b (B, C, H, W) with grey values in [0, 1]:
-    (B,), in [-1, 1]. Whole windows only: H, W >= 11."""
+    (B,), in [-1, 1]. Whole windows only: H, W >= 11. Bytes are taken too (`as_images`)."""
+    a, b = (pixels(as_images(images)) for images in (a, b))
     smooth = lambda x: F.conv2d(x.flatten(0, 1).unsqueeze(1), window().to(x))
     (ma, mb), c1, c2 = (smooth(a), smooth(b)), .01**2, .03**2
     va, vb, cov = smooth(a*a) - ma*ma, smooth(b*b) - mb*mb, smooth(a*b) - ma*mb
