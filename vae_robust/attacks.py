@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .data import as_images, pixels
 from .discrete import planned
 from .objectives import NEEDS_JUDGE, AttackError, norm, objective_of, penalised, unwrapped
-from .optimisers import BALLS, OPTIMISERS, Watched, bcast, quick, value_of
+from .optimisers import BALLS, OPTIMISERS, Watched, bcast, quick, value_of, without_subnormals
 from .settings import in_grey_values
 from .vae import reached
 
@@ -258,6 +258,7 @@ def in_batches(size, x, *others):
 
 # %% ../nbs/16_attacks.ipynb #df80118d
 @torch.enable_grad()
+@without_subnormals()
 def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=True, *,
            judge=None, eps=None, lam=None, make=None, trace=False):
     """Attack sources x with targets x_t (None if `preset.goal` is 'away'), (B, C, H, W) in [0, 1]

@@ -4,11 +4,11 @@ r"""A step of an attack, and the nearest image that is still allowed: $\;x_{k+1}
 
 # %% auto #0
 __all__ = ['BALLS', 'OPTIMISERS', 'bcast', 'value_and_gradient', 'value_of', 'Watched', 'adam', 'pgd', 'apgd', 'rmsprop', 'lbfgs',
-           'square', 'quick']
+           'square', 'quick', 'without_subnormals']
 
 # %% ../nbs/14_optimisers.ipynb #f39c6f01
 import math
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Callable, NamedTuple
 import torch
@@ -332,3 +332,14 @@ def quick(model):
     if isinstance(fast.decoder[-1], nn.ConvTranspose2d):
         fast.decoder[-1] = Unfolded(fast.decoder[-1])
     return fast
+
+# %% ../nbs/14_optimisers.ipynb #73a5635c
+@contextmanager
+def without_subnormals():
+    "Within this context numbers below 1.2e-38 are zero; afterwards they are what they were before."
+    before = torch.tensor(2e-38)/1e2 == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(bool(before))

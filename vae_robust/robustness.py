@@ -16,7 +16,7 @@ from .attacks import attack
 from .data import as_images, pixels
 from .judges import judged
 from .objectives import features, norm
-from .optimisers import BALLS
+from .optimisers import BALLS, without_subnormals
 from .statistics import mean_rate, wilson
 from .training import keep_memory, one_thread
 
@@ -60,6 +60,7 @@ def rates(table):
 
 # %% ../nbs/21_robustness.ipynb #452b2792
 @torch.no_grad()
+@without_subnormals()
 def reconstruct(model, x, sample=False, batch=1000):
     """Reconstructions (B, ...) of images x from the most likely code, or with the categorical
     sampled (mean of z either way)."""
