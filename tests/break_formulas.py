@@ -44,7 +44,7 @@ MUTATIONS = [  # chapter, what stands in one of its cells, what is put there
     ('03', "(N - M)/(N - 1)", "(N - M)/N"),
     ('03', "- (1 - 1/N)*V_noise/S, V_noise", ", V_noise"),
     ('04', "return (torch.expm1(d) - d +", "return (torch.expm1(d) + d +"),
-    ('04', "(mu - mu_p)**2*torch.exp(-lv_p)", "(mu - mu_p)**2*torch.exp(lv_p)"),
+    ('04', "((mu - mu_p)*torch.exp(-lv_p/2))**2", "((mu - mu_p)*torch.exp(lv_p/2))**2"),
     ('04', "q.c.probs*(logits + math.log", "q.c.probs*(logits - math.log"),
     ('04', "RelaxedOneHotCategorical(self.tau, logits=self.c.logits",
      "RelaxedOneHotCategorical(self.tau, logits=-self.c.logits"),

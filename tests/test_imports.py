@@ -3,10 +3,13 @@ import json, subprocess, sys
 
 HEAVY = {'ipywidgets', 'matplotlib', 'pandas', 'sklearn'}
 CODE = '''
-import json, sys, time, torch
-began = time.process_time()
+import json, sys, time
+times = [time.process_time()]
+import torch
+times.append(time.process_time())
 import vae_robust.attacks
-print(json.dumps([time.process_time() - began, sorted(sys.modules)]))
+times.append(time.process_time())
+print(json.dumps([times, sorted(sys.modules)]))
 '''
 
 
@@ -15,4 +18,5 @@ def test_importing_the_attacks_is_light():
             for _ in range(3)]
     found = [json.loads(run.stdout) for run in runs]
     assert not HEAVY & set(found[0][1])
-    assert min(seconds for seconds, _ in found) <= .3
+    # torch takes some three seconds: a ratio, since a busy machine slows both
+    assert min((c - b)/(b - a) for (a, b, c), _ in found) <= .15

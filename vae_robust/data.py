@@ -120,7 +120,7 @@ def as_images(x, shape=None, who='The images', error=DataError):
     type, truth values and whole numbers up to 255, and (N, H, W).
     Raises `error` for anything else, with `who` they are as the subject of its sentence."""
     try:
-        if isinstance(x, Bits): return of_shape(x, shape)
+        if hasattr(x, 'bits'): return of_shape(x, shape)  # `Bits`, unpacked when they are indexed
         x = of_shape(batched(as_tensor(x)), shape)
         x = x.float() if x.dtype == torch.bool else x
         return grey_values(x) if x.is_floating_point() else as_bytes(x)

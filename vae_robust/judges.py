@@ -17,7 +17,7 @@ from .data import load
 from .settings import preset
 from .training import (WEIGHTS, cosine, fit, identity, keep_memory, load_weights,
                                  one_thread, save_weights, shipped)
-from .vae import evaluating
+from .vae import evaluating, reached
 
 # %% ../nbs/18_judges.ipynb #1521711a
 def lenet(classes=10):
@@ -130,7 +130,7 @@ def judged(judge, x, dropout=False, batch=1000):
     is on, and nothing else, as the thesis's programs had it. The judge is left in the mode that it
     was in."""
     with torch.no_grad(), evaluating(judge):
-        for m in judge.modules():
+        for m in reached(judge):
             m.training = dropout and isinstance(m, (nn.Dropout, nn.Dropout2d))
         return torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
 

@@ -489,10 +489,10 @@ def udr(codes, *, # of the same images, as in `code`, by M >= 2 models trained w
 def encode(represent, x, batch=1000):
     """What `represent`, a function as in `code`, says of all images x (N, ...),
     asked for `batch` at a time: a `Code`. Modules that it reaches are in evaluation mode meanwhile;
-    if there is a `VAE` among them, x go through `as_images`, and bytes become grey values."""
+    if there is a `VAE` among them, x (N, C, H, W) go through `as_images`, and bytes become grey values."""
     if not len(x): raise DisentanglementError('There are no images to encode.')
     seen = lambda b: b
-    if any(isinstance(m, VAE) for m in reached(represent)):
+    if getattr(x, 'ndim', 4) == 4 and any(isinstance(m, VAE) for m in reached(represent)):
         x, seen = as_images(x, error=DisentanglementError), pixels
     with evaluating(represent):
         parts = [code(represent(seen(x[i:i + batch]))) for i in range(0, len(x), batch)]
