@@ -212,6 +212,9 @@ def site(tmp_path_factory):
         pytest.skip(str(e))
 
 
+BEYOND = 'document.documentElement.scrollWidth - document.documentElement.clientWidth'
+
+
 def test_every_page_of_the_site(browser, site):
     page, asked, errors = browser.new_page(), [], []
     page.set_default_timeout(120_000)
@@ -227,6 +230,9 @@ def test_every_page_of_the_site(browser, site):
         assert not failed and enough and not errors, (f.name, formulas, failed, errors)
         shown = '[...document.images].every(i => i.complete && i.naturalWidth)'
         assert page.evaluate(shown), f.name
+        for width in (390, 1280):
+            page.set_viewport_size({'width': width, 'height': 900})
+            assert page.evaluate(BEYOND) <= 1, f'{f.name} scrolls sideways at {width} pixels'
     assert [u for u in asked if not u.startswith(('file:', 'data:'))] == []
     page.goto((site.parent/'13_objectives.html').as_uri() + '#eq-13.5')
     page.get_by_role('searchbox').fill('radius norm')

@@ -211,7 +211,7 @@ def attack_batch(plan, x, preset, noises, eps, lam, tick=lambda n: None, first=0
             rows = (lowest > preset.stop).nonzero()[:, 0]
         tick((len(x) - len(rows))*(preset.steps + 1))  # those that are won
         if not len(rows): continue
-        seeds = [own_seed(g, first + i) for i in rows.tolist()]
+        seeds = (own_seed(g, first + i) for i in rows.tolist())  # drawn if somebody asks
         xs, f = run_once(run(rows), start[rows], x[rows], preset, of(eps), of(lam), tick, seeds)
         value = value_of(penalised(plan.rank(rows), x[rows], of(lam)), xs)
         found = with_run(found, lowest, rows, xs, value, f)
@@ -262,7 +262,8 @@ def in_batches(size, x, *others):
 def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=True, *,
            judge=None, eps=None, lam=None, make=None, trace=False):
     """Attack sources x with targets x_t (None if `preset.goal` is 'away'), (B, C, H, W) in [0, 1]
-    or bytes, by an `AttackPreset`; `Attacked`, which depends on `batch` by rounding alone.
+    or bytes, by an `AttackPreset`; `Attacked`. It depends on `batch` by rounding alone, unless the
+    preset has a `stop`: an image that has got there is improved while others of its batch have not.
 
     `model`: a `VAE`, or a function from images to what is attacked: a tensor, a distribution, a
     `Posterior`. `judge`: images (or features) to scores (B, K), where one is needed. `eps`, `lam`:

@@ -26,7 +26,7 @@ from torch.distributions import Independent, Normal
 from .data import as_images, pixels
 from .joint_vae import unsupervised_accuracy
 from .total_correlation import gaussian_decomposition
-from .vae import VAE, Posterior, evaluating, reached
+from .vae import VAE, Posterior, evaluating
 
 # %% ../nbs/11_metrics.ipynb #2185f8ef
 class DisentanglementError(ValueError):
@@ -487,12 +487,12 @@ def udr(codes, *, # of the same images, as in `code`, by M >= 2 models trained w
 # %% ../nbs/11_metrics.ipynb #0d100639
 @torch.no_grad()
 def encode(represent, x, batch=1000):
-    """What `represent`, a function as in `code`, says of all images x (N, ...),
-    asked for `batch` at a time: a `Code`. Modules that it reaches are in evaluation mode meanwhile;
-    if there is a `VAE` among them, x (N, C, H, W) go through `as_images`, and bytes become grey values."""
+    """What `represent`, a function as in `code`, says of all images x (N, ...), asked for `batch` at
+    a time: a `Code`. Modules that it reaches are in evaluation mode meanwhile. If it is a `VAE` or
+    one of its methods, x are images as in `as_images`, or `DisentanglementError`."""
     if not len(x): raise DisentanglementError('There are no images to encode.')
     seen = lambda b: b
-    if getattr(x, 'ndim', 4) == 4 and any(isinstance(m, VAE) for m in reached(represent)):
+    if isinstance(getattr(represent, '__self__', represent), VAE):
         x, seen = as_images(x, error=DisentanglementError), pixels
     with evaluating(represent):
         parts = [code(represent(seen(x[i:i + batch]))) for i in range(0, len(x), batch)]

@@ -82,7 +82,7 @@ def in_grey_values(attack):
 class AttackPreset(BaseModel, extra='forbid', frozen=True):
     """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a
     norm), `step` as a share of `eps`, `stop` in units of the objective, `soften` a temperature that
-    falls to 1 with `anneal`; `forced`, `select`: chapter 16; `pairs` per class pair."""
+    falls to 1 with `anneal`; `forced`, `select`: chapter 15; `pairs` per class pair."""
     objective: Literal['latent', 'code', 'kl', 'reverse_kl', 'symmetric_kl', 'w2',
                        'output', 'l_vae', 'classifier', 'judge']
     goal: Literal['target', 'away'] = 'target'
