@@ -261,9 +261,8 @@ def in_batches(size, x, *others):
 @without_subnormals()
 def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=True, *,
            judge=None, eps=None, lam=None, make=None, trace=False):
-    """Attack sources x with targets x_t (None if `preset.goal` is 'away'), (B, C, H, W) in [0, 1]
-    or bytes, by an `AttackPreset`; `Attacked`. It depends on `batch` by rounding alone, unless the
-    preset has a `stop`: an image that has got there is improved while others of its batch have not.
+    """Attack sources x with targets x_t (None if `preset.goal` is 'away'), (B, C, H, W) in [0, 1] or
+    bytes, by an `AttackPreset`: `Attacked`. `batch` matters by rounding, or if a `stop` waits for it.
 
     `model`: a `VAE`, or a function from images to what is attacked: a tensor, a distribution, a
     `Posterior`. `judge`: images (or features) to scores (B, K), where one is needed. `eps`, `lam`:
@@ -275,12 +274,12 @@ def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=Tru
     check_task(preset, x_t, judge, eps)
     runs, done = preset.restarts*(1 + preset.forced), []
     noises = [torch.Generator().manual_seed(seed + i) for i in range(runs)]
-    look = dict(desc=desc, unit='step', unit_scale=True, disable=not progress, mininterval=1)
-    steps = len(x)*(preset.steps + 1)*runs
-    with torch.autocast(x.device.type, enabled=False), tqdm(total=steps, **look) as bar:
+    look = dict(desc=desc, unit='step', unit_scale=True, disable=not progress, mininterval=1,
+                total=len(x)*(preset.steps + 1)*runs)
+    with torch.autocast(x.device.type, enabled=False), tqdm(**look) as bar:
         lam, fast = as_weights(model, x, x_t, preset, judge, make, lam), quick(model)
-        size = 1 if preset.optimiser == 'lbfgs' else batch
-        for first, (a, t, e, l) in in_batches(size, x, x_t, eps, lam):
+        batch = 1 if preset.optimiser == 'lbfgs' else batch
+        for first, (a, t, e, l) in in_batches(batch, x, x_t, eps, lam):
             plan = planned(preset, fast, a, t, judge, make)
             found = attack_batch(plan, a, preset, noises, e, l, bar.update, first)
             done.append(found if trace else without_trace(found))
