@@ -795,6 +795,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vae_robust.settings.kept_table': ('a1_settings.html#kept_table', 'vae_robust/settings.py'),
                                      'vae_robust.settings.known_axes': ('a1_settings.html#known_axes', 'vae_robust/settings.py'),
                                      'vae_robust.settings.line_of': ('a1_settings.html#line_of', 'vae_robust/settings.py'),
+                                     'vae_robust.settings.markdown': ('a1_settings.html#markdown', 'vae_robust/settings.py'),
                                      'vae_robust.settings.near': ('a1_settings.html#near', 'vae_robust/settings.py'),
                                      'vae_robust.settings.number': ('a1_settings.html#number', 'vae_robust/settings.py'),
                                      'vae_robust.settings.parts_of': ('a1_settings.html#parts_of', 'vae_robust/settings.py'),

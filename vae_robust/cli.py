@@ -114,7 +114,7 @@ def attack(name: argument('A model, such as mnist.disentangled.'), attack: Attac
            set: Set = None, runs: Runs = RUNS):
     """Attack a shipped model (or one that is trained first) and print both success rates for
     every pair of classes."""
-    from vae_robust import data, robustness, statistics, studies
+    from vae_robust import data, robustness, settings, statistics, studies
     a = read_preset(wanted(attack, 'attack'), **values(set))
     asked = Study(models=wanted(name, 'model'), train=length, judges=wanted(judge, 'judge'),
                   attacks=attack, pairs=str(a.pairs), seeds=str(seed))
@@ -127,7 +127,7 @@ def attack(name: argument('A model, such as mnist.disentangled.'), attack: Attac
     model, judge = (studies.restore(w, runs) for w in (model, judge))
     test = data.load(read_preset(name).data, 'test')
     table = robustness.rates(robustness.evaluate(model, judge, a, test, desc=f'{name}: {attack}'))
-    print(table.to_markdown(index=False, floatfmt='.1f'))
+    print(settings.markdown(table, '.1f'))
     rate, low, high = statistics.mean_rate(table.missed, table.kept)
     print(f'mean AS ignore-target {rate:.1f} % ({low:.1f} to {high:.1f})')
 
@@ -144,16 +144,17 @@ def show_gaps(table, folder, job):
     settings.save_table(gaps := verdict.gaps(table), 'gaps', folder, floatfmt=FORMATS, job=job)
     print('\nAS ignore-target, disentangled minus entangled, in points; '
           '95 % intervals over seeds (Welch; bootstrap over seeds and classes):\n')
-    print(gaps.to_markdown(index=False, floatfmt=FORMATS))
+    print(settings.markdown(gaps, FORMATS))
 
 # %% ../nbs/A7_cli.ipynb #39bc1fee
 def report(job, runs, folder=None):
     """Compute what is missing of a job, print its results, and write its tables and figures to
     `folder` (job.main: figures/, others: their own in `runs`)."""
+    from vae_robust import settings
     from vae_robust.experiments import digits
     folder = folder or (None if job == 'job.main' else runs/job)
     table, means = digits.report(read_preset(wanted(job, 'job')), runs, folder)
-    print(means.to_markdown(index=False, floatfmt='.1f'))
+    print(settings.markdown(means, '.1f'))
     if table.seed.nunique() > 1 and {'disentangled', 'entangled'} <= {*table.model}:
         show_gaps(table, folder, job)
     print(f'Tables and figures: {folder or root()/"figures"}')

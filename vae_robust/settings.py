@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'smoke', 'ModelPreset', 'JudgePreset', 'AttackPreset', 'Study', 'SettingsError', 'read_settings', 'preset',
-           'root', 'DiskError', 'write', 'TableError', 'read_table', 'save_figure', 'save_csv', 'save_table']
+           'root', 'DiskError', 'write', 'TableError', 'read_table', 'save_figure', 'save_csv', 'markdown',
+           'save_table']
 
 # %% ../nbs/A1_settings.ipynb #0870e9a9
 import configparser, difflib, io, json, os, platform, re, shutil, subprocess, threading
@@ -483,11 +484,15 @@ def save_csv(table, name, folder=None, **facts):
     return table
 
 # %% ../nbs/A1_settings.ipynb #792620c4
+def markdown(table, floatfmt='.2f'):
+    "A data frame as a table for people: what is missing is left blank."
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=floatfmt)
+
 def save_table(table, name, folder=None, floatfmt='.2f', **facts):
     """Write a data frame to figures/`name`.csv and .md with its provenance;
     in smoke mode only into a given `folder`."""
     if smoke() and folder is None: return
     save_csv(table, name, folder, **facts)
-    text = table.to_markdown(index=False, floatfmt=floatfmt)
+    text = markdown(table, floatfmt)
     write(Path(folder or root()/'figures')/f'{name}.md',
           f'{text}\n\n<sub>{provenance(**facts)}</sub>\n')

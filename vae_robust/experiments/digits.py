@@ -103,10 +103,10 @@ def mean_of(table, k):
 
 # %% ../../nbs/23_digits.ipynb #e9baf1e0
 def both_runs(attack, model, rate):
-    "The mean `rate` of a model in the thesis and in its author's second run, text; else ''."
+    "The mean `rate` of a model in the thesis and in its author's second run, text; else None."
     said = thesis().query('model == @model')
     runs = [said[said.run == run][rate] for run in ('text', 'second')]
-    if attack != 'thesis' or runs[0].empty: return ''
+    if attack != 'thesis' or runs[0].empty: return None
     return ' / '.join(f'{r.mean():.1f}' for r in runs)
 
 # %% ../../nbs/23_digits.ipynb #6ebf0b89
