@@ -14,6 +14,7 @@ from ..attacks import attack
 from ..data import load, pixels
 from ..joint_vae import unsupervised_accuracy
 from ..judges import judged
+from ..optimisers import without_subnormals
 from ..robustness import counts, pairs, rates, reconstruct
 from ..statistics import mean_rate, t_interval
 from ..settings import preset, read_table, root, save_csv, save_figure, save_table
@@ -62,6 +63,7 @@ def bound_of(model, x):
     return {k: v.mean().item() for k, v in parts.items()}, ' '.join(f'{v:.2f}' for v in each)
 
 # %% ../../nbs/23_digits.ipynb #1dc7c743
+@without_subnormals()
 def portrait(model, judge, test, n=100, K=1000, seed=0):
     """What a model is like on `test`, as a dict: the means of `bound_of`, log_p (`K` importance
     samples, the first `n` images) in nats; active latents; accuracy of the categorical as
@@ -194,7 +196,7 @@ def report(job, runs, folder=None):
                  judge=job.judges[0])
     save_table(summary(table), 'means', folder, **facts)
     save_table(rates(table), 'pairs', folder, **facts)
-    sample = dict(n=50, K=10 if job.train in ('train.smoke', 'train.quick') else 1000)
+    sample = dict(n=50, K=10 if job.train in ('train.smoke', 'train.quick') else 200)
     save_table(portraits(job, runs, **sample), 'models', folder, **facts, **sample)
     for name in table.attack.unique():
         save_figure(matrices(table, name), f'matrix_{name}', folder, **facts)
