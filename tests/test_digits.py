@@ -7,7 +7,7 @@ from vae_robust import studies
 from vae_robust.data import ImageData
 from vae_robust.vae import Posterior
 from vae_robust.experiments.digits import (beside, matrix, mean_of, portrait, report, results,
-                                           summary, tables, thesis)
+                                           publish_tables, summary, thesis)
 from vae_robust.settings import preset, read_table
 
 
@@ -120,7 +120,7 @@ def test_the_unit_of_replication_is_the_seed():
 
 def test_tables_are_the_job_s_results_and_stand_beside_the_thesis_s(job, tmp_path):
     p, runs, _, table, _ = job
-    assert len(tables(p, runs, tmp_path)) == len(read_table(tmp_path/'tables.csv')) == len(table)
+    assert len(publish_tables(p, runs, tmp_path)) == len(read_table(tmp_path/'tables.csv')) == len(table)
     b = beside(table, attack='strong')
     pair = 'entangled', 4, 3
     assert len(b) == 3*90 and b.loc[pair, 'text'] == 89.19

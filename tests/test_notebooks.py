@@ -14,9 +14,11 @@ names = lambda p: p.stem
 def code(nb):
     return [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
 
-# Where the appendices stand: the settings under everything, the explorer beside the traversals, studies
-# between the library (chapters 1 to 22) and the experiments, the command line on top of all.
+# Where the appendices stand: the settings under everything, the explorer beside the traversals,
+# studies and their tables between the library (chapters 1 to 22) and the experiments, the command
+# line on top of all.
 RANK = {'A1': 0, 'A2': 22.1, 'A3': 22.2, 'A4': 22.3, 'A5': 12.1, 'A6': 22.4, 'A7': 99}
+RANK |= {'A8': 22.5, 'A9': 23.5}
 
 def text(nb):
     return '\n'.join(c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown')

@@ -3,14 +3,16 @@ import numpy as np, pandas as pd, pytest, torch
 from torch.distributions import Normal
 
 from vae_robust import studies
-from vae_robust.experiments import digits, verdict
+from vae_robust.experiments import digits, series, tables
 from vae_robust.data import ImageData
 from vae_robust.settings import preset, read_table
 from vae_robust.sweep import SweepError
 from vae_robust.vae import Posterior
-from vae_robust.experiments.verdict import (association, compare_rates, gaps, model_diagnostics, partial_rank,
-                                publish_doses, publish_study, published, rates_by_seed, respond,
-                                slopes, sweep_table, tidy)
+from vae_robust.experiments.series import association, model_diagnostics, partial_rank
+from vae_robust.experiments.series import publish_doses, respond, sweep_table
+from vae_robust.experiments.tables import compare_rates, gaps, publish_study, published
+from vae_robust.experiments.tables import rates_by_seed, tidy
+from vae_robust.experiments.verdict import slopes
 
 
 def rows(after, before=(3, 3, 5, 5)):
@@ -66,11 +68,11 @@ def test_what_is_published_can_be_read_and_keeps_what_another_machine_has(study,
                                                                           monkeypatch):
     s, answers = study
     toy = lambda name, **kw: s if name.startswith('study') else preset(name, **kw)
-    monkeypatch.setattr(verdict, 'preset', toy)
-    monkeypatch.setattr(verdict, 'answered', lambda asked, runs: answers)
+    monkeypatch.setattr(tables, 'preset', toy)
+    monkeypatch.setattr(tables, 'answered', lambda asked, runs: answers)
     t = publish_study('toy', tmp_path, tmp_path)
     pd.testing.assert_frame_equal(published('toy', tmp_path), t, check_dtype=False)
-    monkeypatch.setattr(verdict, 'answered', lambda asked, runs: answers[:1])
+    monkeypatch.setattr(tables, 'answered', lambda asked, runs: answers[:1])
     again = publish_study('toy', tmp_path, tmp_path)
     by = [*t.columns[:6]]
     assert again.set_index(by).sort_index().equals(t.set_index(by).sort_index())
@@ -189,9 +191,9 @@ def of(dose, seeds, rate, value=1):
 def test_a_series_computed_again_does_not_cost_the_others_their_rows(tmp_path, monkeypatch, new,
                                                                      keys, left):
     now = {'a 1': 'x', 'a 2': 'y', 'b 1': 'z'}
-    monkeypatch.setattr(verdict, 'sweep_table', lambda doses, runs: (of('a', 3, 1.), now))
+    monkeypatch.setattr(series, 'sweep_table', lambda doses, runs: (of('a', 3, 1.), now))
     publish_doses(tmp_path, tmp_path)
-    monkeypatch.setattr(verdict, 'sweep_table', lambda doses, runs: (new, now | keys))
+    monkeypatch.setattr(series, 'sweep_table', lambda doses, runs: (new, now | keys))
     t = publish_doses(tmp_path, tmp_path)
     assert {k: g.rate.unique().item() for k, g in t.groupby(['dose', 'value'])} == left
     pd.testing.assert_frame_equal(read_table(tmp_path/'dose.csv'), t)

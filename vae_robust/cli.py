@@ -140,8 +140,8 @@ FORMATS = ('', '.1f', '.1f', '.1f', '.3f', '.1f', '.1f', '.0f')      # of the co
 def show_gaps(table, folder, job):
     "Print how far the kinds of model of a job's `table` are apart, and write it to `folder`."
     from vae_robust import settings
-    from vae_robust.experiments import verdict
-    settings.save_table(gaps := verdict.gaps(table), 'gaps', folder, floatfmt=FORMATS, job=job)
+    from vae_robust.experiments import tables
+    settings.save_table(gaps := tables.gaps(table), 'gaps', folder, floatfmt=FORMATS, job=job)
     print('\nAS ignore-target, disentangled minus entangled, in points; '
           '95 % intervals over seeds (Welch; bootstrap over seeds and classes):\n')
     print(settings.markdown(gaps, FORMATS))
@@ -202,20 +202,20 @@ def study(name: StudyName, runs: Runs = RUNS, jobs: Jobs = -1, backend: Backend 
     """Compute the cells of a study that are missing, and write its table to figures/: attacks on
     shipped models, or a series of models. Interrupt it when you like; it goes on."""
     from vae_robust import studies
-    from vae_robust.experiments import verdict
+    from vae_robust.experiments import series, tables
     if jobs == 0:
         raise SettingsError('--jobs 0: at least one process is needed, or -1 for one per core.')
     asked, dose = read_preset(wanted(name, 'study', 'dose')), name.startswith('dose.')
-    sides = verdict.sides_of(asked, runs) if dose else [studies.cells_of(asked, runs)]
+    sides = series.sides_of(asked, runs) if dose else [studies.cells_of(asked, runs)]
     print(forecast(name, asked, sides, runs))
     if dry_run: return
     pool = {'backend': backend} | ({'jobs': jobs} if backend == 'local' else {})
     if dose:
-        verdict.respond(asked, runs, **pool)
-        verdict.publish_doses(runs, figures)
+        series.respond(asked, runs, **pool)
+        series.publish_doses(runs, figures)
     else:
         studies.trials(asked, runs, **pool)
-        verdict.publish_study(name.removeprefix('study.'), runs, figures)
+        tables.publish_study(name.removeprefix('study.'), runs, figures)
 
 # %% ../nbs/A7_cli.ipynb #94e6cec2
 QUIET = {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}  # bars and warnings are not for the page
@@ -249,10 +249,10 @@ def all_of_it(runs):
     """Compute the learning curves, the thesis's tables, every study and series of settings.ini,
     the look at clothes and the comparison, then run all notebooks."""
     from vae_robust import training
-    from vae_robust.experiments import comparison, digits, verdict
+    from vae_robust.experiments import comparison, digits, series
     training.publish_curves(runs)
-    digits.tables(read_preset('job.tables'), runs)
-    verdict.publish_quantities(runs)
+    digits.publish_tables(read_preset('job.tables'), runs)
+    series.publish_quantities(runs)
     for name in every_study():
         study(name, runs)
     clothes(runs)
