@@ -5,16 +5,22 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from torch import nn
 from torch.distributions import Independent, Normal
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from vae_robust import cli, data as data_module, training
+from vae_robust import cli, data as data_module, judges, training
+from vae_robust.attacks import attack
 from vae_robust.data import DataError, ImageData, as_images, load
 from vae_robust.metrics import (Code, DisentanglementError, beta_score, dci, score_all, mig,
                                 mig_samples, sap, udr)
 from vae_robust.explorer import LatentExplorer
 from vae_robust.joint_vae import purity
+from vae_robust.judges import train_judge
+from vae_robust.objectives import AttackError
+from vae_robust.play import AttackPlayground
+from vae_robust.robustness import evaluate
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
                                  kept_table, preset, read_table, save_csv)
 from vae_robust.studies import publish
@@ -334,6 +340,62 @@ def test_presets_that_no_model_can_have_end_in_a_sentence(tmp_path, name, change
     assert asked.exit_code == 1 and isinstance(asked.exception, SystemExit)
     one_sentence(asked.output.strip())
     assert not (tmp_path/'runs').exists()
+    with pytest.raises(SettingsError, match=r'^settings.ini \['):
+        preset(name, **change)
+    with pytest.raises(SettingsError):
+        build(preset(name, n_data=1500).model_copy(update={'n_data': 10**9, 'batch': 0} | change))
+
+
+IMPOSSIBLE_ATTACKS = [
+    ('attack.l2', {'optimiser': 'square'}), ('attack.l2', {'optimiser': 'lbfgs'}),
+    ('attack.untargeted', {'noise': 0}), ('attack.untargeted', {'relative': True}),
+    ('attack.l2', {'eps': 1e200}), ('attack.strong', {'eps': 8}), ('attack.square', {'step': 1e308})]
+
+@pytest.mark.parametrize('name, change', IMPOSSIBLE_ATTACKS)
+def test_attacks_that_nothing_can_do_are_refused_when_they_are_read(name, change):
+    with pytest.raises(SettingsError) as e:
+        preset(name, **change)
+    one_sentence(e.value)
+
+
+def test_images_of_ones_own_may_be_of_any_kind_and_number():
+    assert preset('digits.entangled', data='mine', channels=3, size=64).channels == 3
+    assert preset('mnist.tc', data='mine', n_data=100).n_data == 100
+    assert preset('mnist.tc', n_data=100).n_data == 100  # a part of them
+
+
+def test_a_judge_of_images_is_not_shown_features():
+    p = preset('attack.strong', objective='classifier', steps=1, pairs=1)
+    judge, vae = nn.Conv2d(1, 2, 32).eval(), VAE(4).eval()
+    with pytest.raises(AttackError, match='judge features of the shape .2, 4., and it cannot'):
+        attack(vae, X[:2], X[2:4], p.model_copy(update={'features': 'means'}), progress=False,
+               judge=judge)
+    with pytest.raises(AttackError, match='the judges here see images'):
+        evaluate(vae, judge, p, ImageData(X, torch.arange(60) % 3), progress=False)
+    asked = CliRunner().invoke(cli.app, ['attack', 'mnist.entangled', 'attack.strong', '--set',
+                                         'objective=classifier'])
+    assert asked.exit_code == 1 and 'judges here see images' in one_sentence(asked.output.strip())
+
+
+@pytest.mark.parametrize('data', ['cartoons', 'blobs'])
+def test_a_judge_learns_only_what_it_can_see(tmp_path, monkeypatch, data):
+    few = {'cartoons': ImageData(torch.zeros(9, 3, 64, 64).byte(), torch.zeros(9, 10).long()),
+           'blobs': ImageData(torch.zeros(9, 1, 32, 32).byte(), torch.zeros(9, 2).long())}
+    monkeypatch.setattr(judges, 'load', few.get)
+    with pytest.raises(SettingsError, match=f'data = {data}: these judges see'):
+        train_judge(preset('judge.smoke', data=data), tmp_path/'run', progress=False)
+    assert not (tmp_path/'run').exists()
+
+
+def test_no_flipped_bit_of_a_judge_is_believed(tmp_path):
+    p = preset('judge.smoke', steps=1, batch=4)
+    train_judge(p, tmp_path, progress=False)
+    rng, file = random.Random(0), tmp_path/'weights.safetensors'
+    whole = file.read_bytes()
+    for _ in range(10):
+        file.write_bytes(flipped(whole, rng.randrange(8*len(whole))))
+        with pytest.raises(TrainingError, match='damaged'):
+            train_judge(p, tmp_path, progress=False)
 
 
 def test_a_seed_that_torch_does_not_take_ends_in_a_sentence(tmp_path):
@@ -520,3 +582,46 @@ def test_the_explorer_counts_its_categories(explorer):
 def test_models_that_cannot_share_an_explorer_are_named():
     with pytest.raises(ValueError, match='a: n_z = 3.*b: n_z = 4'):
         LatentExplorer({'a': VAE(3), 'b': VAE(4)}, ImageData(X, None))
+
+
+# ------------------------------------------------------------------ the playground
+class Foreign(nn.Module):
+    "An autoencoder as others have it: no posterior, no categorical."
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(1024, 4), nn.Linear(4, 1024)
+    def forward(self, x): return self.up(self.down(x.flatten(1))).sigmoid().view_as(x)
+
+
+LABELS, JUDGE = torch.arange(60) % 3, nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
+
+def test_the_playground_takes_foreign_models_and_the_classes_that_there_are():
+    models = {'foreign': Foreign().eval(), 'wrapped': nn.DataParallel(VAE(4).eval()).eval()}
+    play = AttackPlayground(models, {'judge': JUDGE}, ImageData(X, 3*LABELS + 1))  # 1, 4, 7
+    play.sliders['steps'].value = 2
+    for value, goes_to in ((9, 7), (5, 4), (0, 1)):
+        play.sliders['target'].value = value
+        assert play.sliders['target'].value == goes_to
+    for seen in ('latent', 'output', 'judge'):
+        play.objective.value = seen
+        play.run.click()
+        play.thread.join(60)
+        assert 'foreign</b>: the judge saw' in play.note.value
+    play.objective.value = 'kl'
+    play.run.click()
+    play.thread.join(60)
+    assert 'AttackError: A distribution is needed' in play.note.value
+
+
+@pytest.mark.parametrize('model, judge, data, words', [
+    (VAE(4), JUDGE, (X, LABELS), 'VAE is in training mode'),
+    (VAE(4).eval(), nn.Dropout(), (X, LABELS), 'Dropout is in training mode'),
+    (VAE(4, 0, 1, 64).eval(), JUDGE, (X, LABELS), 'model own cannot take images .1, 32, 32.'),
+    (VAE(4).eval(), nn.Linear(1024, 10).eval(), (X, LABELS), 'judge own cannot take images'),
+    (lambda x: x[:, :, 1:], JUDGE, (X, LABELS), r'model own makes \(1, 1, 31, 32\)'),
+    (lambda x: x, lambda x: x, (X, LABELS), 'judge own makes'),
+    (VAE(4).eval(), JUDGE, (X, LABELS[:, None].expand(-1, 2)), 'one class, not labels'),
+    (VAE(4).eval(), JUDGE, (X/127.5 - 1, LABELS), r'take \(x \+ 1\)/2')])
+def test_what_cannot_be_played_with_gets_a_sentence(model, judge, data, words):
+    with pytest.raises(AttackError, match=words):
+        AttackPlayground({'own': model}, {'own': judge}, ImageData(*data))

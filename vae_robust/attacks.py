@@ -16,7 +16,7 @@ from .data import as_images, pixels
 from .discrete import planned
 from .objectives import NEEDS_JUDGE, AttackError, norm, objective_of, penalised, unwrapped
 from .optimisers import BALLS, OPTIMISERS, Watched, bcast, quick, value_of, without_subnormals
-from .settings import in_grey_values
+from .settings import AttackPreset, in_grey_values, limit
 from .vae import reached
 
 # %% ../nbs/16_attacks.ipynb #d02a7cea
@@ -81,19 +81,29 @@ def check_models(*models):
                               '.eval().')
 
 # %% ../nbs/16_attacks.ipynb #28dcf042
+@limit(AttackPreset)
+def away_can_begin(p):
+    "ValueError if an `AttackPreset` flees from a place where nothing pushes it, or weighs against nothing."
+    if p.goal == 'target': return
+    if not p.noise:
+        raise ValueError('goal = away needs noise > 0: at the source itself the distance is least and '
+                         'has no gradient')
+    if p.relative: raise ValueError('relative = true weighs against a target, and goal = away has none')
+
 def check_task(preset, x_t, judge, eps):
     "Raise `AttackError` if an `AttackPreset` lacks what it needs."
     if torch.is_inference_mode_enabled():
         raise AttackError('Inside torch.inference_mode() nothing has a gradient: attack outside of '
                           'it; torch.no_grad() does no harm.')
+    try:
+        away_can_begin(preset)
+    except ValueError as e:
+        raise AttackError(f'{e}.') from None
     if isinstance(eps, Tensor) and preset.optimiser == 'adam':
         raise AttackError('Adam has one step size for all images, hence one radius: '
                           'use pgd, apgd or rmsprop.')
     if preset.goal == 'target' and x_t is None:
         raise AttackError('There are no targets: give x_t, or choose goal = away.')
-    if preset.goal == 'away' and not preset.noise:
-        raise AttackError('goal = away needs noise > 0: at the source itself the distance is least '
-                          'and has no gradient.')
     if preset.objective in NEEDS_JUDGE and judge is None:
         raise AttackError(f'objective = {preset.objective} needs a judge: attack(..., judge=...).')
 
@@ -243,8 +253,6 @@ def relative_weights(model, x, x_t, preset, judge=None, make=None):
 def as_weights(model, x, x_t, preset, judge, make, lam=None):
     "The weight of the pixel norm: `lam` if it is given, or that of an `AttackPreset`, `per_image`."
     if lam is None and preset.relative:
-        if x_t is None:
-            raise AttackError('relative = true weighs against a target: goal = away has none.')
         lam = relative_weights(model, x, x_t, preset, judge, make)
     fits = lambda a: (a >= 0) & a.isfinite()
     return per_image('lam', preset.lam if lam is None else lam, x, 'finite and not negative', fits)

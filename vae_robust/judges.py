@@ -6,6 +6,7 @@
 __all__ = ['JUDGE_NETWORKS', 'normed', 'Classified', 'train_judge', 'pretrained_judge', 'judged']
 
 # %% ../nbs/18_judges.ipynb #94c9f747
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from .data import load
-from .settings import preset
-from .training import (WEIGHTS, cosine, fit, identity, keep_memory, load_weights,
-                                 one_thread, save_weights, shipped)
+from .settings import SettingsError, preset
+from .training import (WEIGHTS, cosine, fit, identity, keep_memory,
+                                 leave, load_weights, one_thread, shipped)
 from .vae import evaluating, reached
 
 # %% ../nbs/18_judges.ipynb #1521711a
@@ -96,24 +97,35 @@ def judge_optimiser(preset):
     if preset.optimiser == 'sgd': return partial(SGD, lr=preset.lr, momentum=preset.momentum), None
     return partial(Adam, lr=preset.lr, fused=True), cosine
 
+# %% ../nbs/18_judges.ipynb #ad28cf0e
+def learnable(preset):
+    "Images and classes for a `JudgePreset`; `SettingsError` if no judge of this chapter can learn them."
+    x, y = load(preset.data)
+    if tuple(x.shape[1:]) == (1, 32, 32) and y.ndim == 1 and y.max() < 10: return x, y
+    kind = ' x '.join(map(str, x.shape[1:]))
+    raise SettingsError(f'data = {preset.data}: these judges see images of 1 x 32 x 32 with one of ten '
+                        f'classes, not {kind} with labels {tuple(y.shape)}: take mnist, fashion or '
+                        'digits.')
+
 # %% ../nbs/18_judges.ipynb #511faf40
 def train_judge(preset, folder, seed=0, progress=True):
     """The classifier of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if `folder`
-    holds it finished."""
+    holds it finished. Leaves what `train` leaves. Raises `SettingsError` for data that no network
+    of `JUDGE_NETWORKS` can learn."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         judge = JUDGE_NETWORKS[preset.network]()
     settings, path = identity(preset, seed), Path(folder)/'weights.safetensors'
     if path.exists(): return load_weights(path, judge, settings).eval()
     objective = shifted_judge_loss if preset.shift else judge_loss
-    data, (optimiser, schedule) = tuple(load(preset.data)), judge_optimiser(preset)
+    data, (optimiser, schedule) = learnable(preset), judge_optimiser(preset)
     keep_memory()
+    began = time.time()
     with one_thread():
-        fit(judge.to(memory_format=torch.channels_last), objective, data, preset.steps,
-            preset.batch, optimiser, schedule, seed, folder=folder, settings=settings, desc='judge',
-            progress=progress)
-    save_weights(path, judge, settings)
-    (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
+        curves = fit(judge.to(memory_format=torch.channels_last), objective, data, preset.steps,
+                     preset.batch, optimiser, schedule, seed, folder=folder, settings=settings,
+                     desc='judge', progress=progress)
+    leave(path, judge, settings, curves, time.time() - began, torch.float32, 'cpu')
     return judge.eval()
 
 # %% ../nbs/18_judges.ipynb #3cb63b57

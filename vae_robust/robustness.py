@@ -15,7 +15,7 @@ from torch.func import jacrev, vmap
 from .attacks import attack
 from .data import as_images, pixels
 from .judges import judged
-from .objectives import features, norm
+from .objectives import features, for_judges_of_images, norm
 from .optimisers import BALLS, without_subnormals
 from .statistics import mean_rate, wilson
 from .training import keep_memory, one_thread
@@ -107,6 +107,7 @@ def trial(model, judges, preset, test, seed=0, desc='attack', progress=True):
     in `test`), objective_before, objective_after, l2, linf (distances that the image moved) and
     for each name in `judges` name_before and name_after, the class of the reconstruction. An
     objective that needs a judge gets the first."""
+    for_judges_of_images(preset)
     portions = pairs(test.y, preset.pairs, seed).split(PORTION)
     first, rows = next(iter(judges.values())), []
     for i, index in enumerate(portions):

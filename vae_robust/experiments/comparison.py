@@ -17,7 +17,7 @@ from ..metrics import (METRICS, class_accuracy, dci, encode, entropies, score_al
                                         mig, mutual_information, sap, udr)
 from ..settings import preset, provenance, read_table, root, save_csv, smoke, write
 from ..sweep import collected, sweep
-from ..training import hashes, pretrained, ship, train
+from ..training import curves_of, hashes, pretrained, ship, train
 from ..total_correlation import measured_terms
 from ..traversals import grid, kl_per_latent, traversal
 from ..vae import kl
@@ -128,7 +128,7 @@ def publish(runs, folder=None, seeds=None):
 def curve(name, seed, runs):
     """The learning curve of a trained model: a data frame with model, seed, step,
     reconstruction and KL, means over 100 steps in nats."""
-    t = pd.read_csv(Path(runs)/'train.full'/f'dsprites.{name}'/f'seed{seed}'/'curves.csv')
+    t = curves_of(Path(runs)/'train.full'/f'dsprites.{name}'/f'seed{seed}')
     return pd.DataFrame({'model': name, 'seed': seed, 'step': t.step, 'reconstruction': t.rec,
                          'KL': t.filter(like='kl_').sum(axis=1)}).round(3)
 
