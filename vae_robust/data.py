@@ -615,15 +615,14 @@ def attribute_table(text):
     and {picture: its values, a list of -1 and 1, as text}. Raises `DataError`."""
     damaged = lambda why: DataError(f'{celeba_folder()/ATTR} {why}: '
                                     'it is damaged or cut off, get it again.')
-    if len(text) < 2 or not text[0].strip().isdigit():
+    if len(text) < 2 or not text[0].strip().isdecimal():
         raise damaged('does not begin with the number of pictures and the names of attributes')
-    n = int(text[0])
-    names = text[1].split()
+    n, names = text[0].strip().lstrip('0'), text[1].split()
     rows = [line.split() for line in text[2:] if line.strip()]
     for i, row in enumerate(rows):
         if len(row) != len(names) + 1 or not {*row[1:]} <= {'-1', '1'}:
             raise damaged(f'has no {len(names)} values of -1 or 1 in line {i + 3}')
-    if len(rows) != n or not n: raise damaged(f'announces {n} pictures and lists {len(rows)}')
+    if str(len(rows)) != n: raise damaged(f'announces {n[:9] or 0} pictures and lists {len(rows)}')
     return names, {row[0]: row[1:] for row in rows}
 
 # %% ../nbs/01_data.ipynb #c5453967

@@ -436,19 +436,19 @@ def proof(facts, notes, rows):
     a text."""
     return sha256(f'{line_of([facts, notes])}\n{rows}'.encode()).hexdigest()
 
-def table_text(table, line, checksum=False):
-    """A data frame as the text of a file: the JSON `line` of its facts after `# `, and its rows;
-    with a `checksum` of the whole, if asked for."""
+def table_text(table, line):
+    """A data frame as the text of a file: after `# ` the JSON `line` of its facts, with a checksum of
+    the whole, and its rows."""
     rows = table.to_csv(index=False)
     facts, notes = json.loads(line), unsaid(table, rows)
-    if checksum:
-        notes |= {'sha256': proof(facts, notes, rows)}
-    return f'# {line_of(facts | {"table": notes}) if notes else line}\n{rows}'
+    notes |= {'sha256': proof(facts, notes, rows)}
+    return f'# {line_of(facts | {"table": notes})}\n{rows}'
 
 # %% ../nbs/A1_settings.ipynb #5c27f6a2
 def parts_of(path):
     """(facts, notes on the table, rows) of a table's file: two dicts, empty if the first line is
-    damaged or none, and a text. Raises `TableError`."""
+    damaged or none, and a text. A damaged line that speaks of a checksum has one that no table has.
+    Raises `TableError`."""
     try:
         text = Path(path).read_bytes().decode()
     except UnicodeDecodeError:
@@ -456,8 +456,8 @@ def parts_of(path):
     head, _, rows = text.partition('\n') if text.startswith('#') else ('', '', text)
     with suppress(ValueError, AttributeError, TypeError):
         facts = json.loads(head[1:])
-        return facts, facts.pop('table', {}), rows
-    return {}, {}, rows
+        return facts, dict(facts.pop('table', {})), rows
+    return {}, {'sha256': ''} if 'sha256' in text.partition('\n')[0] else {}, rows
 
 # %% ../nbs/A1_settings.ipynb #d15c0009
 def facts_of(path):
@@ -484,7 +484,7 @@ def read_table(path):
 def keep_table(path, settings, table):
     """Write the answer `table` to a question, the dict `settings`, to the file `path`, with a
     checksum."""
-    return write(path, table_text(table, line_of(settings), checksum=True))
+    return write(path, table_text(table, line_of(settings)))
 
 # %% ../nbs/A1_settings.ipynb #d15c001c
 def kept_table(path, settings):
@@ -505,8 +505,8 @@ def save_figure(fig, name, folder=None, **facts):
 
 # %% ../nbs/A1_settings.ipynb #81c36fba
 def save_csv(table, name, folder=None, **facts):
-    """Write a data frame to `name`.csv in `folder` (figures/), its provenance in the first line
-    after `# `; the data frame."""
+    """Write a data frame to `name`.csv in `folder` (figures/), its provenance and a checksum in the
+    first line after `# `; the data frame."""
     text = table_text(table.infer_objects(), provenance(**facts))
     write(Path(folder or root()/'figures')/f'{name}.csv', text)
     return table
