@@ -11,16 +11,20 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from vae_robust import cli, data as data_module, judges, training
-from vae_robust.attacks import attack
+from vae_robust.attacks import attack, relative_weights, verify
+from vae_robust.crossed import two_sided, weighted_median
 from vae_robust.data import DataError, ImageData, as_images, load
 from vae_robust.metrics import (Code, DisentanglementError, beta_score, dci, score_all, mig,
                                 mig_samples, sap, udr)
+from vae_robust.diagnosis import (blind_is_better, left_the_ball, no_better_than_noise,
+                                  not_converged, not_monotone)
 from vae_robust.explorer import LatentExplorer
 from vae_robust.joint_vae import purity
-from vae_robust.judges import train_judge
+from vae_robust.judges import judged, train_judge
 from vae_robust.objectives import AttackError
+from vae_robust.optimisers import square
 from vae_robust.play import AttackPlayground
-from vae_robust.robustness import evaluate
+from vae_robust.robustness import evaluate, pairs, reconstruct, stays_within
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
                                  kept_table, preset, read_table, save_csv)
 from vae_robust.studies import publish
@@ -29,7 +33,7 @@ from vae_robust.training import (TrainingError, build, fit, load_checkpoint, loa
                                  objective, train)
 from vae_robust.vae import LIKELIHOODS, VAE
 
-TINY = preset('digits.entangled', steps=2, batch=8)
+TINY, TINY_ATTACK = preset('digits.entangled', steps=2, batch=8), preset('attack.strong')
 X = load('digits').x[:60]
 
 
@@ -247,6 +251,61 @@ def test_looking_at_a_model_in_training_mode_does_not_change_it():
     explorer.sliders[0].value += 1
     score_all(lambda b: vae.posterior(b).z, X, np.arange(60) % 3, {'MIG': mig}, halves=0)
     assert same(vae, numbers) and modes == [m.training for m in vae.modules()]
+
+
+def test_reconstructing_with_a_model_in_training_mode_does_not_change_it():
+    vae = VAE(4, network='large').train()
+    kept = {k: v.clone() for k, v in vae.state_dict().items()}
+    found = reconstruct(vae, HALF[:8])
+    stays_within(vae, HALF[:4], 1., n=2)
+    assert vae.training and all(torch.equal(v, kept[k]) for k, v in vae.state_dict().items())
+    assert torch.equal(found, vae.eval()(HALF[:8]))
+
+
+# ------------------------------------------------------------------ one number, or one for each image
+def test_labels_of_several_factors_make_no_pairs():
+    for labels in (torch.arange(60).view(30, 2) % 3, torch.zeros(30).long(), torch.empty(30, 0)):
+        with pytest.raises(ValueError, match='Pairs need one label for each image'):
+            pairs(labels, 2)
+    assert len(pairs(np.arange(30) % 3, 2)) == 12  # as numpy has them, too
+
+
+def test_seeds_and_radii_are_one_for_each_image():
+    loss = lambda x: x.flatten(1).sum(1)
+    for seeds in ([3], [1, 2, 3]):
+        with pytest.raises(AttackError, match=f'{len(seeds)} seeds for 2 images'):
+            square(loss, HALF[:2], HALF[:2], .1, 3, seeds=seeds)
+    for eps in (torch.tensor([.1]), torch.full((3,), .1), math.nan):
+        with pytest.raises(AttackError, match='eps must be'):
+            verify(HALF[:2], HALF[:2], eps)
+    verify(HALF[:2], HALF[:2], torch.tensor(.1))
+    p = preset('attack.relative')
+    with pytest.raises(AttackError, match='3 sources and 2 targets'):
+        relative_weights(VAE(4).eval(), HALF[:3], HALF[3:5], p)
+
+
+def test_a_judge_sees_bytes_as_the_images_that_they_are():
+    judge = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
+    want = judged(judge, HALF)
+    for x in (X, X.numpy(), [*X]):
+        assert torch.equal(judged(judge, x), want)
+
+
+# ------------------------------------------------------------------ rates that are no numbers
+@pytest.mark.parametrize('said', [
+    lambda: not_converged(math.nan, 40.), lambda: not_converged(40., math.nan),
+    lambda: not_monotone((.1, .2, .3), (1., math.nan, 2.)),
+    lambda: no_better_than_noise(math.nan, 2.), lambda: no_better_than_noise(40., math.nan),
+    lambda: blind_is_better(40., math.nan), lambda: left_the_ball(HALF/0, HALF, TINY_ATTACK)])
+def test_no_rule_passes_on_what_is_no_number(said):
+    assert one_sentence(said())
+
+
+def test_no_draw_and_no_median_that_is_no_number_speaks_for_a_difference():
+    assert math.isnan(two_sided(np.array([1., math.nan] + [2.]*99)))
+    assert np.isnan(weighted_median([1., 2.], np.array([[0., 0]]))).all()
+    assert np.isnan(weighted_median([1., math.nan], np.ones((1, 2)))).all()
+    assert weighted_median([1., math.nan], np.array([[1., 0]])).tolist() == [1.]
 
 
 # ------------------------------------------------------------------ trainings

@@ -189,6 +189,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'vae_robust.diagnosis.not_converged': ('diagnosis.html#not_converged', 'vae_robust/diagnosis.py'),
                                       'vae_robust.diagnosis.not_monotone': ('diagnosis.html#not_monotone', 'vae_robust/diagnosis.py'),
                                       'vae_robust.diagnosis.stochastic': ('diagnosis.html#stochastic', 'vae_robust/diagnosis.py'),
+                                      'vae_robust.diagnosis.unknown': ('diagnosis.html#unknown', 'vae_robust/diagnosis.py'),
                                       'vae_robust.diagnosis.without_slope': ('diagnosis.html#without_slope', 'vae_robust/diagnosis.py')},
             'vae_robust.discrete': { 'vae_robust.discrete.Plan': ('discrete.html#plan', 'vae_robust/discrete.py'),
                                      'vae_robust.discrete.WithCode': ('discrete.html#withcode', 'vae_robust/discrete.py'),

@@ -111,6 +111,7 @@ def check_task(preset, x_t, judge, eps):
 def verify(xs, x, eps, ball='linf'):
     """Raise `AttackError` if images xs are further than `eps`, a number or (B,), from x (but for
     rounding in their type) or not in [0, 1]."""
+    eps = per_image('eps', eps, x, 'at least 0', lambda a: a >= 0)
     size, eps = BALLS[ball].size(xs - x), torch.as_tensor(eps, device=x.device).expand(len(x))
     excess = size - eps*(1 + 1e-5) - 8*torch.finfo(x.dtype).eps
     i = int(excess.argmax())
@@ -244,7 +245,8 @@ def without_trace(found):
 # %% ../nbs/16_attacks.ipynb #da9dfff5
 def relative_weights(model, x, x_t, preset, judge=None, make=None):
     """Weights of the pixel norm, (B,), by (16.1) with lambda = `preset.lam`, for sources x with
-    targets x_t."""
+    targets x_t. Raises `AttackError`."""
+    x, x_t = as_pairs(x, x_t)
     parts = zip(x.split(1000), x_t.split(1000))
     J = [value_of(objective_of(preset, model, a, t, judge, make), a) for a, t in parts]
     return (preset.lam*torch.cat(J)/norm(x_t - x)).nan_to_num(0, posinf=0).clamp(min=0)

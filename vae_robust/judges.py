@@ -14,7 +14,7 @@ import pandas as pd, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
-from .data import load
+from .data import as_images, load, pixels
 from .settings import SettingsError, preset
 from .training import (WEIGHTS, cosine, fit, identity, keep_memory,
                                  leave, load_weights, one_thread, shipped)
@@ -138,9 +138,11 @@ def pretrained_judge(name, seed=0, source=WEIGHTS):
 
 # %% ../nbs/18_judges.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000):
-    """The classes (B,) that the judge sees in images x, in eval mode; with `dropout` its dropout
-    is on, and nothing else, as the thesis's programs had it. The judge is left in the mode that it
-    was in."""
+    """The classes (B,) that the judge sees in images x, (B, ...), floats as they are, and whatever
+    else `as_images` takes as grey values; in eval mode. With `dropout` its dropout is on, and nothing
+    else, as the thesis's programs had it. The judge is left in the mode that it was in."""
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        x = pixels(as_images(x, who='The images to judge'))
     with torch.no_grad(), evaluating(judge):
         for m in reached(judge):
             m.training = dropout and isinstance(m, (nn.Dropout, nn.Dropout2d))

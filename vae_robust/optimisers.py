@@ -296,6 +296,8 @@ def square(loss, start, x, eps, steps, step=.3, ball='linf', seeds=None):
     only_linf('square', ball)
     f, (_, C, H, W) = watched(loss), x.shape
     u = drawn(range(len(x)) if seeds is None else seeds, steps, 2 + C)
+    if len(u) != len(x):
+        raise AttackError(f'{len(u)} seeds for {len(x)} images: give one for each.')
     f(project(start, x, eps), slope=False)
     for i in range(steps):
         if f.done: break

@@ -19,11 +19,17 @@ from .objectives import features, for_judges_of_images, norm
 from .optimisers import BALLS, without_subnormals
 from .statistics import mean_rate, wilson
 from .training import keep_memory, one_thread
+from .vae import evaluating
 
 # %% ../nbs/21_robustness.ipynb #4ed37b73
 def pairs(y, n, seed=0):
     """For labels y, up to `n` (source, target) index pairs for each ordered pair of different
-    classes: int64 (P, 2), in which no source and no target of two classes comes twice."""
+    classes: int64 (P, 2), in which no source and no target of two classes comes twice.
+    Raises ValueError unless each image has one label, and there are two classes."""
+    y = torch.as_tensor(y)
+    if y.ndim != 1 or len(y.unique()) < 2:
+        raise ValueError(f'Pairs need one label for each image, of two classes or more, not labels '
+                         f'of the shape {tuple(y.shape)} with {len(y.unique())} values.')
     rng, out = np.random.default_rng(seed), []
     where = {int(k): np.flatnonzero(y == k) for k in y.unique()}
     for s, t in ((s, t) for s in where for t in where if s != t):
@@ -63,10 +69,11 @@ def rates(table):
 @without_subnormals()
 def reconstruct(model, x, sample=False, batch=1000):
     """Reconstructions (B, ...) of images x from the most likely code, or with the categorical
-    sampled (mean of z either way)."""
+    sampled (mean of z either way); in evaluation mode, whatever mode the model is in."""
     def code(q):
         return torch.cat([q.z.mean, q.c.sample()], -1) if sample and q.c is not None else q.mode
-    return torch.cat([model.decode(code(model.posterior(b))) for b in x.split(batch)])
+    with evaluating(model):
+        return torch.cat([model.decode(code(model.posterior(b))) for b in x.split(batch)])
 
 # %% ../nbs/21_robustness.ipynb #8d619d5a
 class Pairs(NamedTuple):
@@ -221,12 +228,13 @@ def spectrum(phi, x):
 def stays_within(model, x, r, n=200):
     """The probability that a code drawn from q(z|x), c at its mode, is decoded within `r`
     (Euclidean) of the reconstruction, from `n` draws: (B,)."""
-    q, own, near = model.posterior(x), model(x), 0
-    rest = q.mode[:, q.z.mean.shape[1]:]
-    for _ in range(n):
-        drawn = torch.cat([q.z.sample(), rest], -1)
-        near = near + (norm(model.decode(drawn) - own) <= r)
-    return near/n
+    with evaluating(model):
+        q, own, near = model.posterior(x), model(x), 0
+        rest = q.mode[:, q.z.mean.shape[1]:]
+        for _ in range(n):
+            drawn = torch.cat([q.z.sample(), rest], -1)
+            near = near + (norm(model.decode(drawn) - own) <= r)
+        return near/n
 
 # %% ../nbs/21_robustness.ipynb #c37d0ff3
 def margins(model, x, p):
