@@ -1,5 +1,6 @@
 """What users met, each as a small case: odd inputs, damaged files, killed runs."""
-import errno, gzip, http.client, io, json, math, os, random, shutil, signal, tarfile, zipfile
+import errno, gzip, hashlib, http.client, io, json, math, os, platform, random, shutil, signal
+import tarfile, zipfile
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from vae_robust.judges import judged, train_judge
 from vae_robust.objectives import AttackError
 from vae_robust.optimisers import square
 from vae_robust.play import AttackPlayground
-from vae_robust.robustness import evaluate, pairs, reconstruct, stays_within
+from vae_robust.robustness import (auddc, counts, evaluate, pairs, reconstruct, stays_within, together,
+                                   worst)
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
-                                 kept_table, preset, read_table, save_csv)
+                                 kept_table, preset, read_table, save_csv, write)
 from vae_robust.studies import publish
 from vae_robust.sweep import SweepError, answer, path_of, plan, sweep
 from vae_robust.training import (TrainingError, build, fit, load_checkpoint, load_weights,
-                                 objective, train)
+                                 objective, own_images, train)
 from vae_robust.vae import LIKELIHOODS, VAE
 
 TINY, TINY_ATTACK = preset('digits.entangled', steps=2, batch=8), preset('attack.strong')
@@ -54,6 +56,9 @@ def flipped(data, bit):
 def same(one, other):
     "Whether two modules have the same numbers."
     return all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+LABELS, JUDGE = torch.arange(60) % 3, nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
 
 
 # ------------------------------------------------------------------ folders of pictures
@@ -270,6 +275,24 @@ def test_labels_of_several_factors_make_no_pairs():
     assert len(pairs(np.arange(30) % 3, 2)) == 12  # as numpy has them, too
 
 
+def test_what_belongs_together_has_one_length():
+    three, four = torch.arange(3), torch.arange(4)
+    for odd in (0, 1, 2, 3):
+        with pytest.raises(ValueError, match='have the lengths'):
+            counts(*(torch.arange(1) if i == odd else three for i in range(4)))
+    with pytest.raises(ValueError, match='3 changes and 4 distances'):
+        auddc(three/3, four/4)
+    with pytest.raises(ValueError, match='60 images and 59 labels'):
+        evaluate(VAE(4).eval(), JUDGE, TINY_ATTACK, ImageData(X, LABELS[:59]), progress=False)
+    with pytest.raises(TrainingError, match='unequal lengths, .3, 4.'):
+        fit(nn.Linear(1, 1), lambda *_: None, (three, four), 1, 2, progress=False)
+    one = pd.DataFrame({'source': [1, 2], 'target': [3, 4], 'j_before': [1, 2], 'j_after': [1, 3]})
+    for of in (together, worst):
+        of([one, one], 'j')
+        with pytest.raises(ValueError, match='different pairs'):
+            of([one, one[::-1]], 'j')
+
+
 def test_seeds_and_radii_are_one_for_each_image():
     loss = lambda x: x.flatten(1).sum(1)
     for seeds in ([3], [1, 2, 3]):
@@ -366,6 +389,44 @@ def test_one_image_that_is_no_number_is_named(tmp_path):
     x[3] = math.nan
     with pytest.raises(TrainingError, match='not finite, the first in image 3'):
         train(TINY, tmp_path, data=x, progress=False)
+
+
+def test_the_published_sprites_are_other_images_than_those_that_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path))
+    few = dict.fromkeys(data_module.FACTORS['dsprites'], 1) | {'x': 2, 'y': 2}
+    monkeypatch.setitem(data_module.FACTORS, 'dsprites', few)
+    p = preset('dsprites.vae', steps=1, batch=2)
+    assert own_images(p) == ''
+    imgs = (np.arange(4*64*64).reshape(4, 64, 64) % 2).astype(np.uint8)
+    np.savez_compressed(tmp_path/data_module.NPZ, imgs=imgs)
+    md5 = hashlib.md5((tmp_path/data_module.NPZ).read_bytes()).hexdigest()
+    monkeypatch.setitem(data_module.MD5, 'published dsprites', {data_module.NPZ: md5})
+    assert own_images(p) == data_module.digest(load('dsprites').x) != ''
+    assert own_images(p, load('dsprites').x) == own_images(p)
+
+
+def test_what_a_killed_fetching_left_is_swept_away(tmp_path, monkeypatch):
+    monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path))
+    def killed(name, folder):
+        (folder/'half').write_bytes(b'of a file')
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not (child := os.fork()):
+        data_module.fetched('mnist', killed)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len([*tmp_path.iterdir()]) == 1
+    def none(name, folder): assert folder.is_dir() and not [*folder.iterdir()]
+    assert 'not the published ones' in data_module.fetched('mnist', none)[1]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_process_of_somebody_else_is_running(tmp_path, monkeypatch):
+    name = tmp_path/f'.a.{platform.node()}.1-1'
+    name.write_text('written by another user')
+    def forbidden(*_): raise PermissionError(1, 'Operation not permitted')
+    monkeypatch.setattr(os, 'kill', forbidden)
+    write(tmp_path/'b', 'mine')
+    assert name.exists() and (tmp_path/'b').read_text() == 'mine'
 
 
 @pytest.mark.parametrize('where', ['write_bytes', 'unlink'])
@@ -651,8 +712,6 @@ class Foreign(nn.Module):
         self.down, self.up = nn.Linear(1024, 4), nn.Linear(4, 1024)
     def forward(self, x): return self.up(self.down(x.flatten(1))).sigmoid().view_as(x)
 
-
-LABELS, JUDGE = torch.arange(60) % 3, nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
 
 def test_the_playground_takes_foreign_models_and_the_classes_that_there_are():
     models = {'foreign': Foreign().eval(), 'wrapped': nn.DataParallel(VAE(4).eval()).eval()}

@@ -8,7 +8,7 @@ __all__ = ['FACTORS', 'SHAPES', 'SCALES', 'CARTOON', 'HAIR', 'LOADERS', 'SIZES',
 
 # %% ../nbs/01_data.ipynb #9ad16616
 import fcntl, gzip, hashlib, json, math, os, shutil, subprocess, sys
-import tarfile, tempfile, time, zipfile, zlib
+import tarfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
 from .settings import DiskError  # noqa: F401 (what callers catch)
-from .settings import ModelPreset, disk, limit, near, write
+from .settings import ModelPreset, disk, limit, near, remove, sweep_up, temporary, write
 
 # %% ../nbs/01_data.ipynb #158a4fa6
 class ImageData(NamedTuple):
@@ -242,14 +242,30 @@ def found(name, folder):
             for p in sorted(folder.rglob(f'{f}*')) if p.is_file())
     return {f: b for f, b in each if genuine(name, f, b)}
 
+# %% ../nbs/01_data.ipynb #21c83f24
+@contextmanager
+def workplace(path):
+    """An empty folder beside `path`, which is removed afterwards; one that a killed process left is
+    removed before. Raises `DiskError`."""
+    folder = temporary(path)
+    with disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep_up(folder.parent)
+        remove(folder)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
 # %% ../nbs/01_data.ipynb #1fa150f7
 def fetched(name, source):
     """The genuine files of `name` as {file: bytes},
     and a sentence about what was wrong with `source` if it has not all of them."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as d:
+    with workplace(data_folder()/name) as folder:
         try:
-            source(name, Path(d))
-            files = found(name, Path(d))
+            source(name, folder)
+            files = found(name, folder)
         except Exception as e:
             return {}, f'{source.__name__}: {" ".join(str(e).split())[:300] or type(e).__name__}'
     if len(files) == len(MD5[name]): return files, ''
@@ -938,9 +954,14 @@ def digest(x):
     return h.hexdigest()
 
 # %% ../nbs/01_data.ipynb #ad5c7a97
+def determined(name):
+    """Whether the name of a data set says which images are in it: one of `IMAGES`, unless the
+    published dSprites take the place of those that are drawn."""
+    return name in IMAGES and not (name == 'dsprites' and published())
+
 def is_set(x, name, size):
     """Whether x are the training images of the data set `name` at this `size`,
-    which is one of `IMAGES`: always the same ones. Fetches nothing."""
-    if IMAGES.get(name) != len(x): return False
+    if that says which they are. Fetches nothing."""
+    if not determined(name) or IMAGES[name] != len(x): return False
     if not all((raw_folder(name)/f).exists() for f in MD5.get(name, ())): return False
     return digest(x) == digest(load(name, size=size).x)

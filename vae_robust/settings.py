@@ -334,10 +334,13 @@ def disk(path, size=0):
 # %% ../nbs/A1_settings.ipynb #d15c0001
 def running(pid):
     "Whether a process of this machine has the number `pid`."
-    with suppress(ProcessLookupError, OverflowError):
+    try:
         os.kill(pid, 0)
+    except PermissionError:  # it is there, and somebody else's
         return True
-    return False
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 # %% ../nbs/A1_settings.ipynb #d15c0019
 def temporary(path):
@@ -346,12 +349,17 @@ def temporary(path):
     return path.with_name(f'.{path.name}.{writer}')
 
 # %% ../nbs/A1_settings.ipynb #d15c001a
+def remove(path):
+    "Remove a file, or a folder with what is in it, if it is there and we may."
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
 def sweep_up(folder):
-    "Remove the temporary files in `folder` of processes on this machine that are no more."
+    "Remove the temporary files and folders in `folder` of processes on this machine that are no more."
     ours = re.compile(rf'\..+\.{re.escape(platform.node())}\.(\d+)-\d+')
     for name in os.listdir(folder):
         if (m := ours.fullmatch(name)) and not running(int(m[1])):
-            (folder/name).unlink(missing_ok=True)
+            remove(folder/name)
 
 # %% ../nbs/A1_settings.ipynb #d15c0002
 def settle(path):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from tqdm.auto import tqdm
 from .beta_vae import beta_vae, capacity
-from .data import IMAGES, as_images, digest, is_set, load, pixels
+from .data import as_images, determined, digest, is_set, load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, SettingsError, TableError, commit, preset
 from .settings import read_table, save_csv, within_limits, write
@@ -298,6 +298,8 @@ def trainable(model, data):
     """`data` as a `VAE` can be trained on them, through `as_images`; data of other models, and
     tuples of tensors, untouched. Raises `TrainingError` for images that cannot be."""
     vae, several = getattr(model, 'module', model), type(data) is tuple
+    if several and len(lengths := {len(d) for d in data}) != 1:
+        raise TrainingError(f'Data of unequal lengths, {sorted(lengths)}: each image needs one of each.')
     if not isinstance(vae, VAE) or several: return data
     x = as_images(data, vae.shape, 'The images to train on', TrainingError)
     return x.detach() if isinstance(x, torch.Tensor) else x
@@ -447,7 +449,7 @@ def identity(preset, seed, images=''):
 def own_images(preset, data=None):
     """The `digest` of the images that a `ModelPreset` is trained on (`data`, else those of its data
     set); '' if they are those of a set that its name determines."""
-    if data is None and preset.data in IMAGES: return ''
+    if data is None and determined(preset.data): return ''
     x = load(preset.data, size=preset.size).x if data is None else data
     return '' if is_set(x, preset.data, preset.size) else digest(x)
 

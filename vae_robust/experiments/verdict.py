@@ -6,7 +6,7 @@ r"""A weight has a unit: at a fixed $\lambda$ an attack moves only where $\lVert
 __all__ = ['publish_study', 'gaps', 'sides_of', 'respond', 'publish_doses', 'publish_quantities']
 
 # %% ../../nbs/26_verdict.ipynb #bce4b6c2
-import io, json
+import json
 from itertools import groupby, product
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -19,7 +19,7 @@ from ..metrics import encode, gaussian_tc, udr
 from .digits import portrait_of
 from ..robustness import auddcs, jacobians, margins, pairs, stays_within, tally, together, worst
 from ..statistics import bootstrap, interval, t_interval, welch
-from ..settings import preset, read_settings, read_table, root, save_csv, save_figure
+from ..settings import preset, read_rows, read_settings, read_table, root, save_csv, save_figure
 from ..studies import (Cell, answered, ask, cells_of, keys_of, last, looks_of, models_of,
                                 prepare, publish, restore, table_of, trial_of)
 from ..training import is_shipped, pretrained
@@ -146,7 +146,7 @@ def add_worst_case(answers, study):
 # %% ../../nbs/26_verdict.ipynb #4d35a951
 def typed(column):
     "A column of text as numbers or booleans, if its words are such."
-    return pd.read_csv(io.StringIO(column.to_csv(index=False)))[column.name]
+    return read_rows(column.to_csv(index=False))[column.name]
 
 # %% ../../nbs/26_verdict.ipynb #ca0c0da0
 def tidy(study, answers):
