@@ -1,21 +1,23 @@
 """Every file that the package reads, damaged at random: `python tests/fuzz_files.py [N]` tries N
-damages (default 2000) and prints a table.
+damages of each kind of file (default 250) and prints a table; test_corruption.py tries fewer.
 A damage is refused in one sentence of the package's own, or changes nothing, or is repaired;
 a file with a checksum is never taken for another one."""
-import collections, contextlib, io, os, random, shutil, sys, tempfile
+import collections, contextlib, gzip, io, random, shutil, sys, tempfile
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 from vae_robust import data, settings, sweep, training
 from vae_robust.data import DataError, idx, load, read_idx
+from vae_robust.judges import train_judge
 from vae_robust.settings import (SettingsError, TableError, preset, read_settings, read_table,
                                  save_csv)
 from vae_robust.training import TrainingError
 
 OWN = DataError, SettingsError, TableError, TrainingError, sweep.SweepError
 TINY = preset('digits.entangled', steps=4, batch=16)
+JUDGE = preset('judge.smoke', steps=1, batch=4)
 
 
 def flip(b, rng):
@@ -26,13 +28,14 @@ def zeros(b, rng):
     i = rng.randrange(len(b))
     n = rng.randrange(1, 1 + min(4096, len(b) - i))
     return b[:i] + bytes(n) + b[i + n:]
+def empty(b, rng): return b''
 def behead(b, rng): return b[rng.randrange(1, len(b)):]
 def longer(b, rng): return b + rng.randbytes(rng.randrange(1, 99))
 def twice(b, rng):
     i, j = sorted(rng.randrange(len(b) + 1) for _ in range(2))
     return b[:j] + b[i:]
 def junk(b, rng): return rng.randbytes(rng.randrange(200))
-DAMAGES = flip, flip, flip, cut, zeros, behead, longer, twice, junk
+DAMAGES = flip, flip, flip, cut, zeros, empty, behead, longer, twice, junk
 
 
 def weights_of(model):
@@ -71,6 +74,20 @@ def archive():
     data.MD5['published dsprites'] = {data.NPZ: data.hashlib.md5(path.read_bytes()).hexdigest()}
     return path
 
+def download(top):
+    "The files of MNIST, gzipped as a source has them in the folder `top`; and that source."
+    for f in data.MD5['mnist']:
+        settings.write(top/f'{f}.gz', gzip.compress((data.raw_folder('mnist')/f).read_bytes()))
+    def source(name, folder): shutil.copytree(top, folder, dirs_exist_ok=True)
+    return source
+
+def celeba():
+    "A CelebA of three pictures, without pictures."
+    (data.celeba_folder()/data.PICTURES).mkdir(parents=True)
+    rows = [f'{i:06}.jpg {" ".join(random.Random(i).choices(("-1", "1"), k=4))}' for i in range(3)]
+    (data.celeba_folder()/data.ATTR).write_text('\n'.join(['3', 'Bald Bangs Smiling Young', *rows]))
+    (data.celeba_folder()/data.PARTITION).write_text('000000.jpg 0\n000001.jpg 1\n000002.jpg 2\n')
+
 def pictures(top):
     top.mkdir()
     for i in range(12):
@@ -84,7 +101,10 @@ def kinds(top):
     """{name: (file to damage, how to read it as something that can be compared,
     whether a checksum could know)}, made in the folder `top`."""
     mnist(top)
+    celeba()
     training.train(TINY, top/'done', progress=False)
+    train_judge(JUDGE, top/'judge', progress=False)
+    source = download(top/'source')
     begun(top/'begun')
     npz, npy, kept, shelf = archive(), pictures(top/'own'), top/'begun.kept', top/'shelf'
     shutil.copytree(top/'begun', kept)
@@ -109,6 +129,16 @@ def kinds(top):
     def answered():
         a = sweep.answer(cell, top)
         return a is not None and repr(a.to_dict('split'))
+    def fetched():
+        files, trouble = data.fetched('mnist', source)
+        if trouble: raise DataError(trouble)
+        return b''.join(files[f] for f in sorted(files))
+    judge = lambda: weights_of(train_judge(JUDGE, top/'judge', progress=False))
+    points = pd.DataFrame({'step': [100, 200], 'loss': [.5, .25], 'rec': [.4, .2], 'kl_c': [0., 1]})
+    training.leave(top/'long'/'weights.safetensors', training.build(TINY), '', points, 1.,
+                   torch.float32, 'cpu')
+    curves = lambda: repr(training.curves_of(top/'long').to_dict('split'))
+    listing = lambda: repr(data.celeba_listing())
     def shipped():
         file = training.shipped('digits/entangled', 0, shelf, training.identity(TINY, 0))
         return weights_of(training.load_weights(file, training.build(TINY)))
@@ -119,14 +149,20 @@ def kinds(top):
         'npz': (npz, lambda: load('dsprites').x[:].numpy().tobytes(), True),
         'jpg': (top/'own'/'01.jpg', faces, False), 'png': (top/'own'/'02.png', faces, False),
         'cache': (npy, faces, True), 'note of a cache': (npy.with_suffix('.json'), faces, True),
+        'download': (top/'source'/f'{data.FILES["test"][0]}.gz', fetched, True),
+        'attributes': (data.celeba_folder()/data.ATTR, listing, False),
+        'parts': (data.celeba_folder()/data.PARTITION, listing, False),
         'weights': (top/'done'/'weights.safetensors', done, True),
+        'judge': (top/'judge'/'weights.safetensors', judge, True),
+        'curves': (top/'long'/'curves.csv', curves, True),
         'record of a run': (top/'done'/'run.json', done, True),
         'shipped weights': (shelf/'digits/entangled/seed0.safetensors', shipped, True),
         'sums': (shelf/'SHA256SUMS', shipped, True),
         'checkpoint': (kept/'checkpoint.pt', resumed, True),
         'answer': (sweep.path_of(cell, top), answered, True),
         'clock': (top/'seconds.jsonl', lambda: bool(sweep.plan([cell | {'seed': 4}], top)), False),
-        'table': (top/'t.csv', lambda: repr(read_table(top/'t.csv').to_dict('split')), False),
+        'table': (top/'t.csv', lambda: repr(read_table(top/'t.csv').to_dict('split')),
+                  lambda spoilt: b'sha256' in spoilt),  # older tables have no checksum
         'origin of a table': (top/'t.csv', lambda: settings.facts_of(top/'t.csv') and '', False),
         'settings': (top/'s.ini', lambda: str(every()), False)}
 
@@ -144,42 +180,42 @@ def outcome(read, want, sealed):
     return 'same' if got == want else 'refused' if got is False else 'OTHER' if sealed else 'other'
 
 
-def fuzz(n, seed=0, only=None):
-    """n damages, in turn of every kind of file (or of the kinds `only`):
-    a Counter of (kind, outcome)."""
-    rng = random.Random(seed)
-    found = collections.Counter()
-    before = os.environ.get('VAE_ROBUST_DATA')
-    constants = [dict(data.MD5), dict(data.FACTORS)]
-    with tempfile.TemporaryDirectory() as d:
-        os.environ['VAE_ROBUST_DATA'] = f'{d}/data'
+@contextlib.contextmanager
+def elsewhere():
+    "A folder that is the data folder meanwhile; what `kinds` changes is put back afterwards."
+    with tempfile.TemporaryDirectory() as d, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('VAE_ROBUST_DATA', f'{d}/data')
+        patch.setattr(data, 'MD5', dict(data.MD5))
+        patch.setattr(data, 'FACTORS', dict(data.FACTORS))
         Path(d, 'data').mkdir()
-        try:
-            made = {k: v for k, v in kinds(Path(d)).items() if not only or k in only}
-            wanted = {k: read() for k, (_, read, _) in made.items()}
-            for i in range(n):
-                kind = [*made][i % len(made)]
-                file, read, sealed = made[kind]
-                whole, damage = file.read_bytes(), rng.choice(DAMAGES)
-                spoilt = damage(whole, rng)
-                file.write_bytes(spoilt)
-                said = outcome(read, wanted[kind], sealed)
-                if said.isupper() or said.startswith('TRACEBACK'):
-                    print(f'{kind}, {damage.__name__}, damage {i}: {said}', file=sys.stderr)
-                found[kind, said.split()[0]] += 1
-                file.write_bytes(whole)
-        finally:
-            data.MD5.update(constants[0])
-            data.FACTORS.update(constants[1])
-            if before is None:
-                os.environ.pop('VAE_ROBUST_DATA')
-            else:
-                os.environ['VAE_ROBUST_DATA'] = before
-    return found
+        yield Path(d)
+
+
+def damaged(kind, file, read, sealed, n, seed=0):
+    "A Counter of the outcomes of `n` damages of a `file`; it is whole afterwards."
+    rng, whole, found = random.Random(f'{kind} {seed}'), file.read_bytes(), []
+    with contextlib.redirect_stdout(io.StringIO()):
+        want = read()
+    for i in range(n):
+        damage = rng.choice(DAMAGES)
+        file.write_bytes(spoilt := damage(whole, rng))
+        said = outcome(read, want, sealed(spoilt) if callable(sealed) else sealed)
+        if said.isupper() or said.startswith('TRACEBACK'):
+            print(f'{kind}, {damage.__name__}, damage {i}: {said}', file=sys.stderr)
+        found.append(said.split()[0])
+        file.write_bytes(whole)
+    return collections.Counter(found)
+
+
+def fuzz(n, seed=0, only=None):
+    "`n` damages of every kind of file (or of the kinds `only`): {kind: Counter of outcomes}."
+    with elsewhere() as top:
+        return {kind: damaged(kind, *made, n, seed) for kind, made in kinds(top).items()
+                if not only or kind in only}
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    found = pd.Series(fuzz(int(sys.argv[1]) if len(sys.argv) > 1 else 2000)).unstack(fill_value=0)
+    found = pd.DataFrame(fuzz(int(sys.argv[1]) if len(sys.argv) > 1 else 250)).T.fillna(0).astype(int)
     print(found.to_string())
     sys.exit(any(c.isupper() for c in found))

@@ -238,6 +238,9 @@ def test_verify_names_the_image_and_the_excess(ball, step, words):
         verify(x + .51, x, 1.)
     verify(x + .0999, x, .1)
     verify(x + .1/8, x, .1, 'l2')
+    for beyond, size in (('linf', 1), ('l2', 8)):  # by half a percent: no rounding
+        with pytest.raises(AttackError, match='left its ball'):
+            verify(x + .1005/size, x, .1, beyond)
 
 
 # ---------------------------------------------------------------- distances
@@ -587,6 +590,40 @@ def test_rmsprop_takes_the_steps_of_14_4_worked_out_by_hand():
                                atol=0)
     # 1, 1 - b, 1 - b + b^2, ...
     torch.testing.assert_close(fickle/cosine, torch.tensor([1., .2, .84, .328]), rtol=1e-3, atol=0)
+
+
+def test_rmsprop_moves_every_pixel_alike_however_steep():
+    "Divided by the root of the mean *square*: a slope that is a hundred times another does not matter."
+    weights, moves = torch.tensor([.01, 1., 100.]).view(1, 1, 1, 3), []
+    loss = lambda xs: moves.append(xs) or (xs*weights).flatten(1).sum(1)
+    x = torch.full((1, 1, 1, 3), .5)
+    rmsprop(loss, x, x, .5, 4, .01)
+    small, one, large = torch.stack(moves).flatten(1).diff(dim=0).T
+    torch.testing.assert_close(small, one, rtol=1e-4, atol=0)
+    torch.testing.assert_close(large, one, rtol=1e-4, atol=0)
+
+
+def test_the_best_run_is_the_one_that_also_moves_little():
+    "One run gets lower, the other moves less: with a weight on the norm it is the better one."
+    x, total = torch.full((2, 1, 2, 2), .5), lambda xs: xs.flatten(1).sum(1)
+    runs = [lambda rows: (lambda xs: 100*total(xs), None),
+            lambda rows: (lambda xs: 100*xs[:, 0, 0, 0], None)]
+    plan = Plan(*[lambda rows: total]*2, runs)
+    for lam, moved in ((0, 4), (10, 1)):
+        found = attack_batch(plan, x, preset('attack.signs'), [torch.Generator()]*2, .1, lam)
+        assert ((found.x - x).abs() > .05).flatten(1).sum(1).tolist() == [moved]*2
+
+
+def test_lbfgs_attacks_each_image_by_itself(digits):
+    "Its curvature belongs to one image: beside others an image would get another one's steps."
+    torch.manual_seed(0)
+    W = torch.randn(32*32, 4)
+    phi = lambda xs: (xs.flatten(1) @ W).tanh()
+    p, (x, x_t) = preset('attack.lbfgs', steps=12, eps=.3), digits[:6].split(3)
+    alone = [attack(phi, x[i:i + 1], x_t[i:i + 1], p, progress=False) for i in range(3)]
+    together = attack(phi, x, x_t, p, progress=False)
+    assert torch.equal(together.x, torch.cat([a.x for a in alone]))
+    assert together.evaluations.tolist() == [a.evaluations.item() for a in alone]
 
 
 def test_apgd_is_not_worse_than_pgd(model, digits):

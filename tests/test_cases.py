@@ -1,29 +1,41 @@
 """What users met, each as a small case: odd inputs, damaged files, killed runs."""
-import errno, gzip, http.client, io, json, math, os, random, shutil, signal, tarfile, zipfile
+import errno, gzip, hashlib, http.client, io, json, math, os, platform, random, shutil, signal
+import tarfile, zipfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from torch import nn
 from torch.distributions import Independent, Normal
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from vae_robust import cli, data as data_module, training
+from vae_robust import cli, data as data_module, judges, training
+from vae_robust.attacks import attack, relative_weights, verify
+from vae_robust.crossed import two_sided, weighted_median
 from vae_robust.data import DataError, ImageData, as_images, load
 from vae_robust.metrics import (Code, DisentanglementError, beta_score, dci, score_all, mig,
                                 mig_samples, sap, udr)
+from vae_robust.diagnosis import (blind_is_better, left_the_ball, no_better_than_noise,
+                                  not_converged, not_monotone)
 from vae_robust.explorer import LatentExplorer
 from vae_robust.joint_vae import purity
+from vae_robust.judges import judged, train_judge
+from vae_robust.objectives import AttackError
+from vae_robust.optimisers import square
+from vae_robust.play import AttackPlayground
+from vae_robust.robustness import (auddc, counts, evaluate, pairs, reconstruct, stays_within, together,
+                                   worst)
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
-                                 kept_table, preset, read_table, save_csv)
+                                 kept_table, preset, read_table, save_csv, write)
 from vae_robust.studies import publish
 from vae_robust.sweep import SweepError, answer, path_of, plan, sweep
 from vae_robust.training import (TrainingError, build, fit, load_checkpoint, load_weights,
-                                 objective, train)
+                                 objective, own_images, train)
 from vae_robust.vae import LIKELIHOODS, VAE
 
-TINY = preset('digits.entangled', steps=2, batch=8)
+TINY, TINY_ATTACK = preset('digits.entangled', steps=2, batch=8), preset('attack.strong')
 X = load('digits').x[:60]
 
 
@@ -44,6 +56,9 @@ def flipped(data, bit):
 def same(one, other):
     "Whether two modules have the same numbers."
     return all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+LABELS, JUDGE = torch.arange(60) % 3, nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
 
 
 # ------------------------------------------------------------------ folders of pictures
@@ -243,6 +258,79 @@ def test_looking_at_a_model_in_training_mode_does_not_change_it():
     assert same(vae, numbers) and modes == [m.training for m in vae.modules()]
 
 
+def test_reconstructing_with_a_model_in_training_mode_does_not_change_it():
+    vae = VAE(4, network='large').train()
+    kept = {k: v.clone() for k, v in vae.state_dict().items()}
+    found = reconstruct(vae, HALF[:8])
+    stays_within(vae, HALF[:4], 1., n=2)
+    assert vae.training and all(torch.equal(v, kept[k]) for k, v in vae.state_dict().items())
+    assert torch.equal(found, vae.eval()(HALF[:8]))
+
+
+# ------------------------------------------------------------------ one number, or one for each image
+def test_labels_of_several_factors_make_no_pairs():
+    for labels in (torch.arange(60).view(30, 2) % 3, torch.zeros(30).long(), torch.empty(30, 0)):
+        with pytest.raises(ValueError, match='Pairs need one label for each image'):
+            pairs(labels, 2)
+    assert len(pairs(np.arange(30) % 3, 2)) == 12  # as numpy has them, too
+
+
+def test_what_belongs_together_has_one_length():
+    three, four = torch.arange(3), torch.arange(4)
+    for odd in (0, 1, 2, 3):
+        with pytest.raises(ValueError, match='have the lengths'):
+            counts(*(torch.arange(1) if i == odd else three for i in range(4)))
+    with pytest.raises(ValueError, match='3 changes and 4 distances'):
+        auddc(three/3, four/4)
+    with pytest.raises(ValueError, match='60 images and 59 labels'):
+        evaluate(VAE(4).eval(), JUDGE, TINY_ATTACK, ImageData(X, LABELS[:59]), progress=False)
+    with pytest.raises(TrainingError, match='unequal lengths, .3, 4.'):
+        fit(nn.Linear(1, 1), lambda *_: None, (three, four), 1, 2, progress=False)
+    one = pd.DataFrame({'source': [1, 2], 'target': [3, 4], 'j_before': [1, 2], 'j_after': [1, 3]})
+    for of in (together, worst):
+        of([one, one], 'j')
+        with pytest.raises(ValueError, match='different pairs'):
+            of([one, one[::-1]], 'j')
+
+
+def test_seeds_and_radii_are_one_for_each_image():
+    loss = lambda x: x.flatten(1).sum(1)
+    for seeds in ([3], [1, 2, 3]):
+        with pytest.raises(AttackError, match=f'{len(seeds)} seeds for 2 images'):
+            square(loss, HALF[:2], HALF[:2], .1, 3, seeds=seeds)
+    for eps in (torch.tensor([.1]), torch.full((3,), .1), math.nan):
+        with pytest.raises(AttackError, match='eps must be'):
+            verify(HALF[:2], HALF[:2], eps)
+    verify(HALF[:2], HALF[:2], torch.tensor(.1))
+    p = preset('attack.relative')
+    with pytest.raises(AttackError, match='3 sources and 2 targets'):
+        relative_weights(VAE(4).eval(), HALF[:3], HALF[3:5], p)
+
+
+def test_a_judge_sees_bytes_as_the_images_that_they_are():
+    judge = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
+    want = judged(judge, HALF)
+    for x in (X, X.numpy(), [*X]):
+        assert torch.equal(judged(judge, x), want)
+
+
+# ------------------------------------------------------------------ rates that are no numbers
+@pytest.mark.parametrize('said', [
+    lambda: not_converged(math.nan, 40.), lambda: not_converged(40., math.nan),
+    lambda: not_monotone((.1, .2, .3), (1., math.nan, 2.)),
+    lambda: no_better_than_noise(math.nan, 2.), lambda: no_better_than_noise(40., math.nan),
+    lambda: blind_is_better(40., math.nan), lambda: left_the_ball(HALF/0, HALF, TINY_ATTACK)])
+def test_no_rule_passes_on_what_is_no_number(said):
+    assert one_sentence(said())
+
+
+def test_no_draw_and_no_median_that_is_no_number_speaks_for_a_difference():
+    assert math.isnan(two_sided(np.array([1., math.nan] + [2.]*99)))
+    assert np.isnan(weighted_median([1., 2.], np.array([[0., 0]]))).all()
+    assert np.isnan(weighted_median([1., math.nan], np.ones((1, 2)))).all()
+    assert weighted_median([1., math.nan], np.array([[1., 0]])).tolist() == [1.]
+
+
 # ------------------------------------------------------------------ trainings
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -303,6 +391,44 @@ def test_one_image_that_is_no_number_is_named(tmp_path):
         train(TINY, tmp_path, data=x, progress=False)
 
 
+def test_the_published_sprites_are_other_images_than_those_that_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path))
+    few = dict.fromkeys(data_module.FACTORS['dsprites'], 1) | {'x': 2, 'y': 2}
+    monkeypatch.setitem(data_module.FACTORS, 'dsprites', few)
+    p = preset('dsprites.vae', steps=1, batch=2)
+    assert own_images(p) == ''
+    imgs = (np.arange(4*64*64).reshape(4, 64, 64) % 2).astype(np.uint8)
+    np.savez_compressed(tmp_path/data_module.NPZ, imgs=imgs)
+    md5 = hashlib.md5((tmp_path/data_module.NPZ).read_bytes()).hexdigest()
+    monkeypatch.setitem(data_module.MD5, 'published dsprites', {data_module.NPZ: md5})
+    assert own_images(p) == data_module.digest(load('dsprites').x) != ''
+    assert own_images(p, load('dsprites').x) == own_images(p)
+
+
+def test_what_a_killed_fetching_left_is_swept_away(tmp_path, monkeypatch):
+    monkeypatch.setenv('VAE_ROBUST_DATA', str(tmp_path))
+    def killed(name, folder):
+        (folder/'half').write_bytes(b'of a file')
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not (child := os.fork()):
+        data_module.fetched('mnist', killed)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len([*tmp_path.iterdir()]) == 1
+    def none(name, folder): assert folder.is_dir() and not [*folder.iterdir()]
+    assert 'not the published ones' in data_module.fetched('mnist', none)[1]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_process_of_somebody_else_is_running(tmp_path, monkeypatch):
+    name = tmp_path/f'.a.{platform.node()}.1-1'
+    name.write_text('written by another user')
+    def forbidden(*_): raise PermissionError(1, 'Operation not permitted')
+    monkeypatch.setattr(os, 'kill', forbidden)
+    write(tmp_path/'b', 'mine')
+    assert name.exists() and (tmp_path/'b').read_text() == 'mine'
+
+
 @pytest.mark.parametrize('where', ['write_bytes', 'unlink'])
 def test_what_a_killed_training_left_is_swept_away(tmp_path, where):
     if not (child := os.fork()):
@@ -334,6 +460,62 @@ def test_presets_that_no_model_can_have_end_in_a_sentence(tmp_path, name, change
     assert asked.exit_code == 1 and isinstance(asked.exception, SystemExit)
     one_sentence(asked.output.strip())
     assert not (tmp_path/'runs').exists()
+    with pytest.raises(SettingsError, match=r'^settings.ini \['):
+        preset(name, **change)
+    with pytest.raises(SettingsError):
+        build(preset(name, n_data=1500).model_copy(update={'n_data': 10**9, 'batch': 0} | change))
+
+
+IMPOSSIBLE_ATTACKS = [
+    ('attack.l2', {'optimiser': 'square'}), ('attack.l2', {'optimiser': 'lbfgs'}),
+    ('attack.untargeted', {'noise': 0}), ('attack.untargeted', {'relative': True}),
+    ('attack.l2', {'eps': 1e200}), ('attack.strong', {'eps': 8}), ('attack.square', {'step': 1e308})]
+
+@pytest.mark.parametrize('name, change', IMPOSSIBLE_ATTACKS)
+def test_attacks_that_nothing_can_do_are_refused_when_they_are_read(name, change):
+    with pytest.raises(SettingsError) as e:
+        preset(name, **change)
+    one_sentence(e.value)
+
+
+def test_images_of_ones_own_may_be_of_any_kind_and_number():
+    assert preset('digits.entangled', data='mine', channels=3, size=64).channels == 3
+    assert preset('mnist.tc', data='mine', n_data=100).n_data == 100
+    assert preset('mnist.tc', n_data=100).n_data == 100  # a part of them
+
+
+def test_a_judge_of_images_is_not_shown_features():
+    p = preset('attack.strong', objective='classifier', steps=1, pairs=1)
+    judge, vae = nn.Conv2d(1, 2, 32).eval(), VAE(4).eval()
+    with pytest.raises(AttackError, match='judge features of the shape .2, 4., and it cannot'):
+        attack(vae, X[:2], X[2:4], p.model_copy(update={'features': 'means'}), progress=False,
+               judge=judge)
+    with pytest.raises(AttackError, match='the judges here see images'):
+        evaluate(vae, judge, p, ImageData(X, torch.arange(60) % 3), progress=False)
+    asked = CliRunner().invoke(cli.app, ['attack', 'mnist.entangled', 'attack.strong', '--set',
+                                         'objective=classifier'])
+    assert asked.exit_code == 1 and 'judges here see images' in one_sentence(asked.output.strip())
+
+
+@pytest.mark.parametrize('data', ['cartoons', 'blobs'])
+def test_a_judge_learns_only_what_it_can_see(tmp_path, monkeypatch, data):
+    few = {'cartoons': ImageData(torch.zeros(9, 3, 64, 64).byte(), torch.zeros(9, 10).long()),
+           'blobs': ImageData(torch.zeros(9, 1, 32, 32).byte(), torch.zeros(9, 2).long())}
+    monkeypatch.setattr(judges, 'load', few.get)
+    with pytest.raises(SettingsError, match=f'data = {data}: these judges see'):
+        train_judge(preset('judge.smoke', data=data), tmp_path/'run', progress=False)
+    assert not (tmp_path/'run').exists()
+
+
+def test_no_flipped_bit_of_a_judge_is_believed(tmp_path):
+    p = preset('judge.smoke', steps=1, batch=4)
+    train_judge(p, tmp_path, progress=False)
+    rng, file = random.Random(0), tmp_path/'weights.safetensors'
+    whole = file.read_bytes()
+    for _ in range(10):
+        file.write_bytes(flipped(whole, rng.randrange(8*len(whole))))
+        with pytest.raises(TrainingError, match='damaged'):
+            train_judge(p, tmp_path, progress=False)
 
 
 def test_a_seed_that_torch_does_not_take_ends_in_a_sentence(tmp_path):
@@ -520,3 +702,44 @@ def test_the_explorer_counts_its_categories(explorer):
 def test_models_that_cannot_share_an_explorer_are_named():
     with pytest.raises(ValueError, match='a: n_z = 3.*b: n_z = 4'):
         LatentExplorer({'a': VAE(3), 'b': VAE(4)}, ImageData(X, None))
+
+
+# ------------------------------------------------------------------ the playground
+class Foreign(nn.Module):
+    "An autoencoder as others have it: no posterior, no categorical."
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(1024, 4), nn.Linear(4, 1024)
+    def forward(self, x): return self.up(self.down(x.flatten(1))).sigmoid().view_as(x)
+
+
+def test_the_playground_takes_foreign_models_and_the_classes_that_there_are():
+    models = {'foreign': Foreign().eval(), 'wrapped': nn.DataParallel(VAE(4).eval()).eval()}
+    play = AttackPlayground(models, {'judge': JUDGE}, ImageData(X, 3*LABELS + 1))  # 1, 4, 7
+    play.sliders['steps'].value = 2
+    for value, goes_to in ((9, 7), (5, 4), (0, 1)):
+        play.sliders['target'].value = value
+        assert play.sliders['target'].value == goes_to
+    for seen in ('latent', 'output', 'judge'):
+        play.objective.value = seen
+        play.run.click()
+        play.thread.join(60)
+        assert 'foreign</b>: the judge saw' in play.note.value
+    play.objective.value = 'kl'
+    play.run.click()
+    play.thread.join(60)
+    assert 'AttackError: A distribution is needed' in play.note.value
+
+
+@pytest.mark.parametrize('model, judge, data, words', [
+    (VAE(4), JUDGE, (X, LABELS), 'VAE is in training mode'),
+    (VAE(4).eval(), nn.Dropout(), (X, LABELS), 'Dropout is in training mode'),
+    (VAE(4, 0, 1, 64).eval(), JUDGE, (X, LABELS), 'model own cannot take images .1, 32, 32.'),
+    (VAE(4).eval(), nn.Linear(1024, 10).eval(), (X, LABELS), 'judge own cannot take images'),
+    (lambda x: x[:, :, 1:], JUDGE, (X, LABELS), r'model own makes \(1, 1, 31, 32\)'),
+    (lambda x: x, lambda x: x, (X, LABELS), 'judge own makes'),
+    (VAE(4).eval(), JUDGE, (X, LABELS[:, None].expand(-1, 2)), 'one class, not labels'),
+    (VAE(4).eval(), JUDGE, (X/127.5 - 1, LABELS), r'take \(x \+ 1\)/2')])
+def test_what_cannot_be_played_with_gets_a_sentence(model, judge, data, words):
+    with pytest.raises(AttackError, match=words):
+        AttackPlayground({'own': model}, {'own': judge}, ImageData(*data))

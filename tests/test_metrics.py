@@ -1,7 +1,7 @@
 """Oracles are written from the papers' definitions, with plain counting, quadrature,
 a regression forest of our own and brute force:
 nothing that the library uses to get its numbers."""
-import itertools, math
+import itertools, math, statistics
 from collections import Counter
 from functools import partial
 
@@ -461,6 +461,14 @@ def test_the_error_of_a_mean_is_that_of_the_textbook():
     assert value == z.mean() and abs(error/(z.std()/500**.5) - 1) < .12
     assert (mean(z, np.arange(500) % 2, scale=10)
             == pytest.approx(np.multiply(10, mean(z, np.arange(500) % 2))))
+
+def test_the_error_is_the_deviation_of_a_sample_and_not_of_a_population():
+    "The first value is that of the whole table, the next are those of its halves."
+    for halves in ([1., 3.], [1., 2, 6]):
+        values = iter([0., *halves])
+        found = metric(lambda q, v, rng: next(values))(np.arange(40.), np.arange(40) % 2,
+                                                       halves=len(halves))
+        assert found.error == pytest.approx(statistics.stdev(halves))
 
 @pytest.mark.parametrize('m', [mig, sap, factor_score], ids=lambda m: m.__name__)
 def test_the_error_reported_is_the_spread_over_tables(m):

@@ -68,6 +68,14 @@ def test_mean_rate_is_the_mean_of_cells_not_of_pairs():
     assert abs(mean - 50) < 1e-9 and low < 50 < high
 
 
+@pytest.mark.parametrize('cells', [1, 4, 25])
+def test_the_interval_of_a_mean_rate_is_that_of_independent_cells(cells):
+    "1.96 standard deviations of a mean of `cells` proportions, each of 1,000 coins."
+    mean, low, high = mean_rate([500]*cells, [1000]*cells)
+    half = 100*1.96*(.25/1000/cells)**.5
+    assert mean == 50 and [mean - low, high - mean] == pytest.approx([half]*2, rel=1e-3)
+
+
 @pytest.mark.parametrize('n', [1, 4, 10**6])
 def test_pairs(n):
     y = load('digits', 'test').y
@@ -177,6 +185,19 @@ def test_a_trial_in_portions_is_the_same_trial(model, monkeypatch):
                         **kw: sizes.append(len(x)) or attack(m, x, *args, **kw))
     pd.testing.assert_frame_equal(trial(model, judges, a, test, progress=False), whole, rtol=1e-4)
     assert sizes == [70, 70, 40]
+
+
+def test_each_portion_of_a_trial_has_noise_of_its_own(model, monkeypatch):
+    test, judges = load('digits', 'test'), {'j': lenet().eval()}
+    a, seeds, drawn = preset('attack.none', pairs=2, noise=1., sample=True), [], []
+    attack, verdicts = robustness.attack, robustness.verdicts
+    monkeypatch.setattr(robustness, 'PORTION', 70)
+    monkeypatch.setattr(robustness, 'attack',
+                        lambda *args, seed, **kw: seeds.append(seed) or attack(*args, seed=seed, **kw))
+    monkeypatch.setattr(robustness, 'verdicts',
+                        lambda *args: drawn.append(args[-1]) or verdicts(*args))
+    trial(model, judges, a, test, seed=5, progress=False)
+    assert seeds == drawn == [5, 6, 7]
 
 
 def test_relative_weights_do_not_depend_on_the_units_of_the_code(model):
@@ -338,6 +359,9 @@ def test_margins_of_a_linear_gaussian_model():
     z, s = NormalDist().inv_cdf(.8), torch.linalg.svdvals(W)
     torch.testing.assert_close(R, (.5*z/s[0]).expand(2))
     torch.testing.assert_close(bound, (.5*z/s.norm()).expand(2))
+    R, _ = margins(m, x, torch.tensor([1., 0.]))  # all, or none, of a few draws: no infinite radius
+    most = .5*NormalDist().inv_cdf(.999)/s[0]
+    torch.testing.assert_close(R, torch.stack([most, -most]))
 
 
 # ---- diagnostics: each fires on what it is for, and is silent on a sound model

@@ -312,3 +312,16 @@ def test_the_discriminator_joins_the_model():
     assert len(list(model.parameters())) == before + 6
     assert any(k.startswith('discriminator.') for k in model.state_dict())
     assert model.discriminator[0].in_features == 5  # z alone: the categorical stays outside
+
+
+@pytest.mark.parametrize('sigma', [1e-3, 1e-15, 1e-19, 1e-25, 1e-37])
+def test_terms_of_posteriors_however_narrow(sigma):
+    "As double precision has them, where the square of a deviation is no number of single precision."
+    loc, e = torch.randn(6, 3), torch.randn(6, 3)
+    scale, log_w = torch.full((6, 3), sigma), stratified_weights(6, 100).log()
+    z = loc*(torch.arange(6) > 1)[:, None]  # two images with the same mean, drawn around it
+    q = Normal(z, scale, validate_args=False)
+    z = z + scale*e
+    exact = Normal(q.loc.double(), scale.double(), validate_args=False)
+    want = kl_terms(z.double(), exact, exact, log_w.double())
+    torch.testing.assert_close(kl_terms(z, q, q, log_w), want.float(), rtol=1e-5, atol=1e-4)

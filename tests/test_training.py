@@ -124,7 +124,8 @@ def test_a_step_can_be_recorded_as_a_graph(name, monkeypatch):
     def tensor(*values, device='cpu', make=torch.tensor, **kw):
         assert str(device) == 'cpu', 'numbers are sent to the device'
         return make(*values, **kw)
-    p = preset('digits.disentangled', objective=name, n_c=0 if name in ('tc', 'factor') else 10)
+    p = preset('digits.disentangled', objective=name, n_data=1500,
+               n_c=0 if name in ('tc', 'factor') else 10)
     model, x, step = build(p).to('meta'), torch.rand(8, 1, 32, 32,
                                                      device='meta'), torch.zeros((), device='meta')
     with unchecked():
@@ -714,7 +715,7 @@ def test_a_killed_run_leaves_nothing_for_ever(tmp_path, where):
     ('digits.entangled', {'size': 33}, 'power of two'),
     ('digits.entangled', {'network': 'large', 'size': 128}, 'no such network'),
     ('digits.entangled', {'channels': 3},
-     'images are 1 x 32 x 32, and the preset is for 3 x 32 x 32'),
+     'images of data = digits have channels = 1, not 3'),
     ('digits.disentangled', {'n_c': 0}, 'joint needs a categorical'),
     ('mnist.tc', {'data': 'digits'},
      'n_data = 60000, but there are 1500 images: set n_data = 1500'),

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy import integrate, special, stats
+from torch import nn
 from torch.distributions import (Bernoulli, Independent, MultivariateNormal, Normal,
-                                 OneHotCategorical, kl_divergence)
+                                 OneHotCategorical, RelaxedOneHotCategorical, kl_divergence)
 from torch.testing import assert_close
 
 from vae_robust.vae import (LIKELIHOODS, VAE, Posterior, decoder, elbo, encoder, evaluating,
@@ -467,3 +468,28 @@ def test_importance_weights_do_not_move_the_averages_of_a_model_in_training_mode
     before = model.encoder[1].running_mean.clone()
     log_marginal(model, x, K=2)
     assert torch.equal(model.encoder[1].running_mean, before) and model.training
+
+
+@pytest.mark.parametrize('tau', [.1, .67, 2.])
+def test_codes_are_relaxed_at_the_temperature_of_the_model(tau):
+    vae, x = VAE(2, 4, tau=tau).eval(), torch.rand(3, 1, 32, 32)
+    q = vae.posterior(x)
+    assert q.tau == tau
+    torch.manual_seed(3)
+    drawn = q.rsample()[:, 2:]
+    torch.manual_seed(3)
+    q.z.rsample()
+    want = RelaxedOneHotCategorical(torch.tensor(tau), logits=q.c.logits).rsample()
+    torch.testing.assert_close(drawn, want)
+
+
+@pytest.mark.parametrize('size', [32, 64])
+def test_large_networks_have_a_layer_for_each_halving(size):
+    vae, halvings = VAE(10, 3, 3, size, network='large'), {32: 3, 64: 4}[size]
+    layers = lambda net, kind: [m for m in net if isinstance(m, kind)]
+    widths = [128, 256, 512, 1024][:halvings]
+    down, up = layers(vae.encoder, nn.Conv2d), layers(vae.decoder, nn.Conv2d)
+    assert [(c.in_channels, c.out_channels) for c in down] == [*zip([3, *widths], widths)]
+    assert [(c.in_channels, c.out_channels) for c in up] == [*zip(widths[::-1], [*widths[-2::-1], 3])]
+    assert len(layers(vae.encoder, nn.Linear)) == len(layers(vae.decoder, nn.Linear)) == 1
+    assert len(layers(vae.encoder, nn.BatchNorm2d)) == len(down)

@@ -88,6 +88,17 @@ def test_compare_two_models():
     assert rates_by_seed(t).rate.tolist() == [20, 30, 40, 50, 60, 70]
 
 
+def test_the_bootstrap_compares_the_first_seeds_if_one_model_has_more():
+    "Of four seeds of one model, and two of the other, the first two: as if there were no more."
+    rates = {'disentangled': (1, 3, 90, 95), 'entangled': (50, 54)}
+    t = pd.DataFrame([{'model': m, 'seed': s, 'source': k, 'kept': 100, 'missed': r + k}
+                      for m, each in rates.items() for s, r in enumerate(each) for k in range(3)])
+    of = lambda c: (c['low_boot'], c['high_boot'], c['seeds'])
+    assert of(compare_rates(t)) == of(compare_rates(t[t.seed < 2])) != of(compare_rates(
+        t[(t.seed > 1) | (t.model == 'entangled')]))
+    assert compare_rates(t)['high_boot'] < -40
+
+
 def test_slopes_of_a_linear_encoder():
     w = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
     x, x_t = torch.rand(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))

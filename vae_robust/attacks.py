@@ -16,7 +16,7 @@ from .data import as_images, pixels
 from .discrete import planned
 from .objectives import NEEDS_JUDGE, AttackError, norm, objective_of, penalised, unwrapped
 from .optimisers import BALLS, OPTIMISERS, Watched, bcast, quick, value_of, without_subnormals
-from .settings import in_grey_values
+from .settings import AttackPreset, in_grey_values, limit
 from .vae import reached
 
 # %% ../nbs/16_attacks.ipynb #d02a7cea
@@ -81,19 +81,29 @@ def check_models(*models):
                               '.eval().')
 
 # %% ../nbs/16_attacks.ipynb #28dcf042
+@limit(AttackPreset)
+def away_can_begin(p):
+    "ValueError if an `AttackPreset` flees from a place where nothing pushes it, or weighs against nothing."
+    if p.goal == 'target': return
+    if not p.noise:
+        raise ValueError('goal = away needs noise > 0: at the source itself the distance is least and '
+                         'has no gradient')
+    if p.relative: raise ValueError('relative = true weighs against a target, and goal = away has none')
+
 def check_task(preset, x_t, judge, eps):
     "Raise `AttackError` if an `AttackPreset` lacks what it needs."
     if torch.is_inference_mode_enabled():
         raise AttackError('Inside torch.inference_mode() nothing has a gradient: attack outside of '
                           'it; torch.no_grad() does no harm.')
+    try:
+        away_can_begin(preset)
+    except ValueError as e:
+        raise AttackError(f'{e}.') from None
     if isinstance(eps, Tensor) and preset.optimiser == 'adam':
         raise AttackError('Adam has one step size for all images, hence one radius: '
                           'use pgd, apgd or rmsprop.')
     if preset.goal == 'target' and x_t is None:
         raise AttackError('There are no targets: give x_t, or choose goal = away.')
-    if preset.goal == 'away' and not preset.noise:
-        raise AttackError('goal = away needs noise > 0: at the source itself the distance is least '
-                          'and has no gradient.')
     if preset.objective in NEEDS_JUDGE and judge is None:
         raise AttackError(f'objective = {preset.objective} needs a judge: attack(..., judge=...).')
 
@@ -101,6 +111,7 @@ def check_task(preset, x_t, judge, eps):
 def verify(xs, x, eps, ball='linf'):
     """Raise `AttackError` if images xs are further than `eps`, a number or (B,), from x (but for
     rounding in their type) or not in [0, 1]."""
+    eps = per_image('eps', eps, x, 'at least 0', lambda a: a >= 0)
     size, eps = BALLS[ball].size(xs - x), torch.as_tensor(eps, device=x.device).expand(len(x))
     excess = size - eps*(1 + 1e-5) - 8*torch.finfo(x.dtype).eps
     i = int(excess.argmax())
@@ -234,7 +245,8 @@ def without_trace(found):
 # %% ../nbs/16_attacks.ipynb #da9dfff5
 def relative_weights(model, x, x_t, preset, judge=None, make=None):
     """Weights of the pixel norm, (B,), by (16.1) with lambda = `preset.lam`, for sources x with
-    targets x_t."""
+    targets x_t. Raises `AttackError`."""
+    x, x_t = as_pairs(x, x_t)
     parts = zip(x.split(1000), x_t.split(1000))
     J = [value_of(objective_of(preset, model, a, t, judge, make), a) for a, t in parts]
     return (preset.lam*torch.cat(J)/norm(x_t - x)).nan_to_num(0, posinf=0).clamp(min=0)
@@ -243,8 +255,6 @@ def relative_weights(model, x, x_t, preset, judge=None, make=None):
 def as_weights(model, x, x_t, preset, judge, make, lam=None):
     "The weight of the pixel norm: `lam` if it is given, or that of an `AttackPreset`, `per_image`."
     if lam is None and preset.relative:
-        if x_t is None:
-            raise AttackError('relative = true weighs against a target: goal = away has none.')
         lam = relative_weights(model, x, x_t, preset, judge, make)
     fits = lambda a: (a >= 0) & a.isfinite()
     return per_image('lam', preset.lam if lam is None else lam, x, 'finite and not negative', fits)

@@ -114,8 +114,8 @@ def attack(name: argument('A model, such as mnist.disentangled.'), attack: Attac
            set: Set = None, runs: Runs = RUNS):
     """Attack a shipped model (or one that is trained first) and print both success rates for
     every pair of classes."""
-    from vae_robust import data, robustness, settings, statistics, studies
-    a = read_preset(wanted(attack, 'attack'), **values(set))
+    from vae_robust import data, objectives, robustness, settings, statistics, studies
+    a = objectives.for_judges_of_images(read_preset(wanted(attack, 'attack'), **values(set)))
     asked = Study(models=wanted(name, 'model'), train=length, judges=wanted(judge, 'judge'),
                   attacks=attack, pairs=str(a.pairs), seeds=str(seed))
     studies.prepare(asked, runs, jobs=1)

@@ -42,12 +42,13 @@ def rate_differences(a, b, classes):
 # %% ../nbs/20_crossed.ipynb #d9d5dd05
 def weighted_median(values, w):
     """The median of values (P,) under each of the weights w (n, P), (n,); between two of them,
-    their mean."""
+    their mean; NaN where nothing has a weight, or a value with one is NaN."""
     order = np.argsort(values)
     sorted_, below = np.asarray(values)[order], w[:, order].cumsum(1)
     half = below[:, -1:]/2
     low, high = (below >= half - 1e-9).argmax(1), (below > half + 1e-9).argmax(1)
-    return (sorted_[low] + sorted_[high])/2
+    known = (below[:, -1] > 0) & (w @ np.isnan(np.asarray(values, float)) == 0)
+    return np.where(known, (sorted_[low] + sorted_[high])/2, np.nan)
 
 # %% ../nbs/20_crossed.ipynb #c2ac5706
 def class_medians(values, kept, classes, w):
@@ -102,7 +103,8 @@ def widening(df, level=.95):
 # %% ../nbs/20_crossed.ipynb #1bd031ab
 def two_sided(draws):
     """The p-value of no difference: twice the share of draws on the other side of zero, at least
-    1/(n + 1)."""
+    1/(n + 1). NaN if a draw is: it is on neither side, and would speak for a difference."""
+    if np.isnan(draws).any(): return np.nan
     least = min((draws <= 0).sum(), (draws >= 0).sum())
     return min(1., 2*(least + 1)/(len(draws) + 1))
 

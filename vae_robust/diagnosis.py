@@ -43,15 +43,22 @@ def without_slope(found, share=.05):
 # %% ../nbs/22_diagnosis.ipynb #61b09aca
 def left_the_ball(xs, x, preset):
     "A point outside ball or box is no adversarial example."
-    far = BALLS[preset.ball].size(xs - x) > preset.eps*(1 + 1e-5) + 1e-6
-    out = (far | (xs.flatten(1).amin(1) < 0) | (xs.flatten(1).amax(1) > 1)).sum().item()
+    near, pixels = BALLS[preset.ball].size(xs - x) <= preset.eps*(1 + 1e-5) + 1e-6, xs.flatten(1)
+    out = len(x) - (near & (pixels.amin(1) >= 0) & (pixels.amax(1) <= 1)).sum().item()
     if not out: return ''
     return f'{out} images are outside the ball or the box: project after the last step.'
+
+# %% ../nbs/22_diagnosis.ipynb #7158ce26
+def unknown(*rates):
+    "A rate that is not a number compares with nothing."
+    if not any(map(math.isnan, rates)): return ''
+    return 'A rate is not a number, since no pair counts in it: nothing can be compared.'
 
 # %% ../nbs/22_diagnosis.ipynb #649e9462
 def not_converged(rate, doubled, by=.5):
     "If twice the steps succeed more often, in points, the rate says how many steps were taken."
-    if not doubled - rate > by: return ''
+    if doubled - rate <= by: return ''
+    if lost := unknown(rate, doubled): return lost
     return (f'Doubling the steps raises the rate from {rate:.1f} to {doubled:.1f} %: '
             'take more steps.')
 
@@ -59,6 +66,7 @@ def not_converged(rate, doubled, by=.5):
 def not_monotone(radii, rates, by=1.):
     """A larger ball contains the smaller one, so a lower rate (by more than `by` points) means
     that the attack got worse."""
+    if lost := unknown(*rates): return lost
     falls = [(a - b, i) for i, (a, b) in enumerate(zip(rates, rates[1:]))]
     fall, at = max(falls, default=(0, 0))
     if not fall > by: return ''
@@ -68,7 +76,8 @@ def not_monotone(radii, rates, by=1.):
 # %% ../nbs/22_diagnosis.ipynb #26365562
 def no_better_than_noise(rate, noise, by=2.):
     "An attack that beats noise of its own size by less than `by` points has found nothing."
-    if not rate - noise < by: return ''
+    if rate - noise >= by: return ''
+    if lost := unknown(rate, noise): return lost
     return (f'The attack reaches {rate:.1f} % and noise of the same size {noise:.1f} %: '
             'the gradient is of no use.')
 
@@ -76,7 +85,8 @@ def no_better_than_noise(rate, noise, by=2.):
 def blind_is_better(rate, blind, by=1.):
     """Random search that beats the gradient by more than `by` points says that the gradient
     misleads."""
-    if not blind - rate > by: return ''
+    if blind - rate <= by: return ''
+    if lost := unknown(rate, blind): return lost
     return (f'The square attack reaches {blind:.1f} %, with gradients it is {rate:.1f} %: '
             'the gradients are masked.')
 

@@ -10,6 +10,7 @@ from math import log
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 from .beta_vae import at_most, ramp
+from .settings import ModelPreset, limit
 from .vae import Terms, parts
 
 # %% ../nbs/07_joint_vae.ipynb #5903e2c0
@@ -24,6 +25,13 @@ def joint_vae(model, x, step=0, *, gamma, C_z, C_c, C_steps):
     off_z = kl_z.sum(-1).mean() - ramp(C_z, step, C_steps)
     off_c = kl_c.mean() - at_most(log(model.n_c), ramp(C_c, step, C_steps))
     return Terms(rec.mean() + gamma*(off_z.abs() + off_c.abs()), rec, kl_z, kl_c)
+
+# %% ../nbs/07_joint_vae.ipynb #ce8a630c
+@limit(ModelPreset)
+def has_categorical(p):
+    "ValueError if a `ModelPreset` asks for `joint_vae` without a categorical."
+    if p.objective == 'joint' and p.n_c == 0:
+        raise ValueError('objective = joint needs a categorical: set n_c to at least 1')
 
 # %% ../nbs/07_joint_vae.ipynb #51456ef1
 def contingency(y, c):

@@ -6,6 +6,7 @@
 __all__ = ['JUDGE_NETWORKS', 'normed', 'Classified', 'train_judge', 'pretrained_judge', 'judged']
 
 # %% ../nbs/18_judges.ipynb #94c9f747
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +14,10 @@ import pandas as pd, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
-from .data import load
-from .settings import preset
-from .training import (WEIGHTS, cosine, fit, identity, keep_memory, load_weights,
-                                 one_thread, save_weights, shipped)
+from .data import as_images, load, pixels
+from .settings import SettingsError, preset
+from .training import (WEIGHTS, cosine, fit, identity, keep_memory,
+                                 leave, load_weights, one_thread, shipped)
 from .vae import evaluating, reached
 
 # %% ../nbs/18_judges.ipynb #1521711a
@@ -96,24 +97,35 @@ def judge_optimiser(preset):
     if preset.optimiser == 'sgd': return partial(SGD, lr=preset.lr, momentum=preset.momentum), None
     return partial(Adam, lr=preset.lr, fused=True), cosine
 
+# %% ../nbs/18_judges.ipynb #ad28cf0e
+def learnable(preset):
+    "Images and classes for a `JudgePreset`; `SettingsError` if no judge of this chapter can learn them."
+    x, y = load(preset.data)
+    if tuple(x.shape[1:]) == (1, 32, 32) and y.ndim == 1 and y.max() < 10: return x, y
+    kind = ' x '.join(map(str, x.shape[1:]))
+    raise SettingsError(f'data = {preset.data}: these judges see images of 1 x 32 x 32 with one of ten '
+                        f'classes, not {kind} with labels {tuple(y.shape)}: take mnist, fashion or '
+                        'digits.')
+
 # %% ../nbs/18_judges.ipynb #511faf40
 def train_judge(preset, folder, seed=0, progress=True):
     """The classifier of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if `folder`
-    holds it finished."""
+    holds it finished. Leaves what `train` leaves. Raises `SettingsError` for data that no network
+    of `JUDGE_NETWORKS` can learn."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         judge = JUDGE_NETWORKS[preset.network]()
     settings, path = identity(preset, seed), Path(folder)/'weights.safetensors'
     if path.exists(): return load_weights(path, judge, settings).eval()
     objective = shifted_judge_loss if preset.shift else judge_loss
-    data, (optimiser, schedule) = tuple(load(preset.data)), judge_optimiser(preset)
+    data, (optimiser, schedule) = learnable(preset), judge_optimiser(preset)
     keep_memory()
+    began = time.time()
     with one_thread():
-        fit(judge.to(memory_format=torch.channels_last), objective, data, preset.steps,
-            preset.batch, optimiser, schedule, seed, folder=folder, settings=settings, desc='judge',
-            progress=progress)
-    save_weights(path, judge, settings)
-    (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
+        curves = fit(judge.to(memory_format=torch.channels_last), objective, data, preset.steps,
+                     preset.batch, optimiser, schedule, seed, folder=folder, settings=settings,
+                     desc='judge', progress=progress)
+    leave(path, judge, settings, curves, time.time() - began, torch.float32, 'cpu')
     return judge.eval()
 
 # %% ../nbs/18_judges.ipynb #3cb63b57
@@ -126,9 +138,11 @@ def pretrained_judge(name, seed=0, source=WEIGHTS):
 
 # %% ../nbs/18_judges.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000):
-    """The classes (B,) that the judge sees in images x, in eval mode; with `dropout` its dropout
-    is on, and nothing else, as the thesis's programs had it. The judge is left in the mode that it
-    was in."""
+    """The classes (B,) that the judge sees in images x, (B, ...), floats as they are, and whatever
+    else `as_images` takes as grey values; in eval mode. With `dropout` its dropout is on, and nothing
+    else, as the thesis's programs had it. The judge is left in the mode that it was in."""
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        x = pixels(as_images(x, who='The images to judge'))
     with torch.no_grad(), evaluating(judge):
         for m in reached(judge):
             m.training = dropout and isinstance(m, (nn.Dropout, nn.Dropout2d))

@@ -208,12 +208,24 @@ def toward_bound(model, x_t, name, judge):
     return toward(posterior(model), negative_bound(model), x_t, of=lambda x: x)
 
 # %% ../nbs/13_objectives.ipynb #83cd4cef
+def asked(judge, seen, objective):
+    "The scores that a `judge` gives what it has `seen`; `AttackError` if it cannot read that."
+    try:
+        return judge(seen)
+    except (RuntimeError, ValueError, TypeError) as e:
+        why, shown = ' '.join(str(e).split())[:100], NEEDS_JUDGE[objective]
+        raise AttackError(f'objective = {objective} shows its judge {shown} of the shape '
+                          f'{tuple(seen.shape)}, and it cannot read them ({why}): '
+                          'give a judge of such.') from e
+
 def toward_class(model, x_t, name, judge):
-    return toward(lambda x: judge(features(model, name)(x)), cross_entropy, x_t)
+    view = lambda x: asked(judge, features(model, name)(x), 'classifier')
+    return toward(view, cross_entropy, x_t)
 
 # %% ../nbs/13_objectives.ipynb #e3e95a85
 def toward_verdict(model, x_t, name, judge):
-    return toward(lambda x: judge(reconstruction(model)(x)), margin, x_t, of=judge)
+    see = lambda x: asked(judge, x, 'judge')
+    return toward(lambda x: see(reconstruction(model)(x)), margin, x_t, of=see)
 
 # %% ../nbs/13_objectives.ipynb #5dfa285d
 OBJECTIVES = {  # name -> (model, x_t, features, judge) -> objective
@@ -228,7 +240,15 @@ OBJECTIVES = {  # name -> (model, x_t, features, judge) -> objective
     'classifier': toward_class,
     'judge': toward_verdict}
 
-NEEDS_JUDGE = {'classifier', 'judge'}
+NEEDS_JUDGE = {'classifier': 'features', 'judge': 'images'}  # what they show it
+
+# %% ../nbs/13_objectives.ipynb #d7b95bc2
+def for_judges_of_images(preset):
+    "An `AttackPreset` as it is; `AttackError` if its objective shows a judge anything but images."
+    shown = NEEDS_JUDGE.get(preset.objective, 'images')
+    if shown == 'images': return preset
+    raise AttackError(f'objective = {preset.objective} shows its judge {shown}, and the judges here see '
+                      'images: choose objective = judge, or call attack(..., judge=...) with one of such.')
 
 # %% ../nbs/13_objectives.ipynb #e1a55d64
 def objective_of(preset, model, x, x_t, judge=None, make=None):

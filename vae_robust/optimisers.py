@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim import Adam
 from .objectives import AttackError, norm
+from .settings import AttackPreset, limit
 from .vae import VAE
 
 # %% ../nbs/14_optimisers.ipynb #4b7f8f54
@@ -228,16 +229,26 @@ def rmsprop(loss, start, x, eps, steps, step, beta=.85, gamma=.95, ball='linf'):
     return descend(loss, start, x, eps, steps, step, with_memory(beta, gamma), ball)
 
 # %% ../nbs/14_optimisers.ipynb #c78fc24d
-def only_linf(ball, why):
-    "Raise `AttackError`, which says `why`, unless the ball is a box."
-    if ball != 'linf': raise AttackError(f'{why}: use ball = linf (eps = 1 is the box).')
+ONLY_LINF = {'lbfgs': 'L-BFGS-B knows bounds and no other ball',
+             'square': 'the square attack fills its ball to the corners'}
+
+def only_linf(optimiser, ball):
+    "Raise `AttackError` for one of the optimisers `ONLY_LINF` unless the ball is a box."
+    if ball != 'linf' and optimiser in ONLY_LINF:
+        raise AttackError(f'{ONLY_LINF[optimiser]}: use ball = linf (eps = 1 is the box).')
+
+@limit(AttackPreset)
+def ball_fits_optimiser(p):
+    "ValueError if an `AttackPreset` has a ball that its optimiser does not know."
+    if p.ball != 'linf' and p.optimiser in ONLY_LINF:
+        raise ValueError(f'{ONLY_LINF[p.optimiser]}: set ball = linf (eps = 1 is the box)')
 
 # %% ../nbs/14_optimisers.ipynb #af258f5c
 def lbfgs(loss, start, x, eps, steps, step=None, ball='linf'):
     """About `steps` evaluations of scipy's L-BFGS-B on the sum of `loss`, in units of its first
     slope, meant for one image at a time; the best evaluated."""
     from scipy.optimize import minimize  # here, since it takes longer to load than all the rest
-    only_linf(ball, 'L-BFGS-B knows bounds and no other ball')
+    only_linf('lbfgs', ball)
     f, scale = watched(loss), None
     flat = lambda a: project(a, x, eps).double().flatten().cpu().numpy()
     image = lambda v: project(torch.as_tensor(v, dtype=x.dtype, device=x.device).view_as(x), x, eps)
@@ -282,9 +293,11 @@ def square(loss, start, x, eps, steps, step=.3, ball='linf', seeds=None):
     """Random search without gradients from `start`: `steps` squares set to x +- `eps`, kept where
     they lower `loss`; the best for each image. `step`: the first square's share of the image;
     `seeds`: one for each image (default 0 to B - 1). Images (B, C, H, W)."""
-    only_linf(ball, 'The square attack fills its ball to the corners')
+    only_linf('square', ball)
     f, (_, C, H, W) = watched(loss), x.shape
     u = drawn(range(len(x)) if seeds is None else seeds, steps, 2 + C)
+    if len(u) != len(x):
+        raise AttackError(f'{len(u)} seeds for {len(x)} images: give one for each.')
     f(project(start, x, eps), slope=False)
     for i in range(steps):
         if f.done: break

@@ -11,10 +11,10 @@ from threading import Thread
 from time import monotonic
 import ipywidgets as widgets, torch
 from PIL import Image, ImageDraw, ImageFont
-from .attacks import starts
-from .data import pixels
+from .attacks import check_models, starts
+from .data import ImageData, as_images, pixels
 from .discrete import FIRST, planned
-from .objectives import penalised
+from .objectives import AttackError, penalised, unwrapped
 from .optimisers import OPTIMISERS, Watched, value_of
 from .settings import preset as read_preset
 from .traversals import png, stacked, strip
@@ -208,6 +208,51 @@ def charts_of(p, trace):
     ends = f' {trace[0].item():.3g} to {min(trace).item():.3g}' if trace else ''
     return [captioned(bars(*p), 'judge of rebuilt'), captioned(curve(trace), f'objective{ends}')]
 
+# %% ../nbs/A6_play.ipynb #a419cd90
+def tried(models, judges, x):
+    "`AttackError` unless each of `models` rebuilds images x (1, C, H, W), which each judge can see."
+    for kind, named in (('model', models), ('judge', judges)):
+        for name, f in named.items():
+            try:
+                with torch.no_grad():
+                    found = f(x)
+            except Exception as e:  # nobody says which, of a module of any kind
+                why = ' '.join(str(e).split())[:150]
+                raise AttackError(f'The {kind} {name} cannot take images {tuple(x.shape[1:])}: '
+                                  f'{why}') from None
+            fits, want = found.shape == x.shape, 'another'
+            if kind == 'judge':
+                fits, want = found.ndim == 2, '(1, K)'
+            if not fits:
+                raise AttackError(f'The {kind} {name} makes {tuple(found.shape)} of an image '
+                                  f'{tuple(x.shape)}: it should be {want}.')
+
+# %% ../nbs/A6_play.ipynb #922a8d91
+def playable(models, judges, data):
+    """Models and judges, dicts by name, and an `ImageData`, as the playground takes them:
+    modules as `unwrapped`, images as in `as_images`. `AttackError` for what cannot be played with."""
+    models, judges = ({n: unwrapped(m) for n, m in named.items()} for named in (models, judges))
+    check_models(*models.values(), *judges.values())
+    x, y = as_images(data, error=AttackError), torch.as_tensor(data.y)
+    if y.shape != (len(x),):
+        raise AttackError(f'Each of the {len(x)} images needs one class, not labels of the shape '
+                          f'{tuple(y.shape)}.')
+    tried(models, judges, pixels(x[:1]))
+    return models, judges, ImageData(x, y)
+
+# %% ../nbs/A6_play.ipynb #588583c7
+def keep_to_classes(sliders, y):
+    "Let the sliders `source` and `target` stop only at classes that labels y (N,) have."
+    there = y.unique().tolist()
+    def snap(change):
+        change.owner.value = min(there, key=lambda k: abs(k - change.new))
+    for s, other in ((sliders['source'], there[0]), (sliders['target'], there[-1])):
+        value = s.value if s.value in there else other
+        s.min, s.max = min(s.min, there[0]), max(s.max, there[-1])
+        s.value = value
+        s.min, s.max = there[0], there[-1]
+        s.observe(snap, 'value')
+
 # %% ../nbs/A6_play.ipynb #3c6169d9
 class AttackPlayground(PlaygroundSearch):
     """Two models under the same attack, live, with a button that stops it.
@@ -216,11 +261,12 @@ class AttackPlayground(PlaygroundSearch):
     `ImageData`; `base`: the attack of settings.ini whose optimiser and features are used; `pair`:
     source class, target class, and which images of them. `.box` is what to display, `.image` the
     picture, a PNG; `.thread` runs the attack; `.outcome`: for each model the class that the judge
-    sees in the reconstruction before and after."""
+    sees in the reconstruction before and after. Raises `AttackError` for what cannot be played with."""
     def __init__(self, models, judges, data, base='attack.strong', pair=(3, 8, 2)):
         super().__init__(models, judges, pair)
-        self.models, self.judges, self.data, self.base = models, judges, data, base
-        self.evaluated = 0
+        self.models, self.judges, self.data = playable(models, judges, data)
+        self.base, self.evaluated = base, 0
+        keep_to_classes(self.sliders, self.data.y)
         for c in self.tasks:
             c.observe(self.restart, 'value')
         self.run.on_click(self.start)

@@ -15,6 +15,7 @@ import pandas as pd
 from pydantic import BaseModel
 from .data import load
 from .judges import pretrained_judge, train_judge
+from .objectives import for_judges_of_images
 from .robustness import trial
 from .settings import AttackPreset, JudgePreset, SettingsError, facts_of, preset
 from .settings import read_table, root, save_csv
@@ -128,10 +129,11 @@ class Cell(NamedTuple):
 # %% ../nbs/A3_studies.ipynb #710d072e
 def cells_of(study, runs, makers=Makers(), measure='trial', images=''):
     """The cells of a `Study`, [(labels, `Cell`)]: models x seeds x attacks and all combinations
-    of axes."""
+    of axes. Raises `AttackError` for an attack that needs another kind of judge."""
     seen, attacks = judges_of(study, runs, makers), []
     for (name, pairs), change in product(study.budget.items(), combinations(study, 'attack')):
-        attacks.append(({'attack': last(name)} | change, preset(name, pairs=pairs, **change)))
+        attack = for_judges_of_images(preset(name, pairs=pairs, **change))
+        attacks.append(({'attack': last(name)} | change, attack))
     grid = product(models_of(study, runs, makers), attacks)
     return [(m | a, Cell(measure, w, seen, p, images=images)) for (m, w), (a, p) in grid]
 

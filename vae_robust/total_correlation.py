@@ -15,7 +15,9 @@ from torch import nn
 from torch.distributions import Normal
 from torch.func import functional_call
 from torch.nn.functional import softplus
-from .vae import Terms, kl
+from .data import IMAGES
+from .settings import ModelPreset, limit
+from .vae import Terms, kl, log_density
 
 # %% ../nbs/08_total_correlation.ipynb #69b70750
 def gaussian_decomposition(means_cov, # (D, D): covariance of the posteriors' centred Gaussian means
@@ -33,7 +35,7 @@ def log_aggregate(z, # (B, D): codes
                   log_w): # logarithms of their weights, broadcastable to (B, N)
     """Logarithms of the mixture's density at z, (B,), and of its marginals, (B, D):
     equation (8.4), in nats."""
-    pair = q.log_prob(z[:, None])                                     # (B, N, D)
+    pair = log_density(q, z[:, None])                                 # (B, N, D)
     return (log_w + pair.sum(-1)).logsumexp(1), (log_w[..., None] + pair).logsumexp(1)
 
 # %% ../nbs/08_total_correlation.ipynb #52c4b0f0
@@ -44,7 +46,7 @@ def kl_terms(z, # (B, D): codes
     single values may be negative."""
     joint, marginals = log_aggregate(z, mixture, log_w)
     product, prior = marginals.sum(-1), Normal(0., 1.).log_prob(z).sum(-1)
-    return torch.stack([q.log_prob(z).sum(-1) - joint, joint - product, product - prior])
+    return torch.stack([log_density(q, z).sum(-1) - joint, joint - product, product - prior])
 
 # %% ../nbs/08_total_correlation.ipynb #b03f836a
 def stratified_weights(B, N):
@@ -101,6 +103,20 @@ def tc_vae(model, x, step=0, *, beta, n_data):
     tc = kl_terms(z, q, q, log_w)[1]
     return Terms((rec + kl_z.sum(-1) + (beta - 1)*tc + kl_c).mean(), rec, kl_z, kl_c)
 
+# %% ../nbs/08_total_correlation.ipynb #0b786039
+@limit(ModelPreset)
+def tc_can_be_estimated(p):
+    "ValueError if a `ModelPreset` asks for `tc_vae` of a batch, or a data set, that cannot be."
+    if p.objective != 'tc': return
+    if p.batch < 2: raise ValueError('objective = tc compares codes of one batch: set batch to at least 2')
+    if p.batch > p.n_data:
+        raise ValueError(f'objective = tc draws batch = {p.batch} from n_data = {p.n_data} images: batch '
+                         'can be at most n_data')
+    there = IMAGES.get(p.data, p.n_data)
+    if p.n_data > there or p.n_data != there and 'n_data' not in p.model_fields_set:
+        raise ValueError(f'n_data = {p.n_data}, but there are {there} images in data = {p.data}: set '
+                         f'n_data = {there}, or give images of your own another name')
+
 # %% ../nbs/08_total_correlation.ipynb #2f1c72e7
 def discriminator(n_z, width=128, depth=3):
     """A network from codes (B, n_z) to one logit each, (B,), for `density_ratio_loss`:
@@ -144,3 +160,10 @@ def factor_vae(model, x, step=0, *, gamma):
     half, other = z.detach().chunk(2)
     cross_entropy = density_ratio_loss(model.discriminator, half, permute_latents(other))
     return Terms((rec + kl_z.sum(-1) + gamma*tc + kl_c).mean() + cross_entropy, rec, kl_z, kl_c)
+
+# %% ../nbs/08_total_correlation.ipynb #f953b49b
+@limit(ModelPreset)
+def halves_can_be_permuted(p):
+    "ValueError if a `ModelPreset` asks for `factor_vae` on batches without two codes in each half."
+    if p.objective == 'factor' and p.batch < 4:
+        raise ValueError('objective = factor permutes the codes of half a batch: set batch to at least 4')

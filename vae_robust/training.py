@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from tqdm.auto import tqdm
 from .beta_vae import beta_vae, capacity
-from .data import IMAGES, as_images, digest, is_set, load, pixels
+from .data import as_images, determined, digest, is_set, load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, SettingsError, TableError, commit, preset
-from .settings import read_table, save_csv, write
+from .settings import read_table, save_csv, within_limits, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
 from .vae import VAE, elbo, evaluating, kl
 
@@ -298,6 +298,8 @@ def trainable(model, data):
     """`data` as a `VAE` can be trained on them, through `as_images`; data of other models, and
     tuples of tensors, untouched. Raises `TrainingError` for images that cannot be."""
     vae, several = getattr(model, 'module', model), type(data) is tuple
+    if several and len(lengths := {len(d) for d in data}) != 1:
+        raise TrainingError(f'Data of unequal lengths, {sorted(lengths)}: each image needs one of each.')
     if not isinstance(vae, VAE) or several: return data
     x = as_images(data, vae.shape, 'The images to train on', TrainingError)
     return x.detach() if isinstance(x, torch.Tensor) else x
@@ -390,32 +392,11 @@ def objective(preset):
     f = LOSSES[preset.objective]
     return partial(f, **{k: getattr(preset, k) for k in inspect.getfullargspec(f).kwonlyargs})
 
-# %% ../nbs/10_training.ipynb #d15c0904
-LIMITS = [  # objective, what must be, and why
-    ('joint', lambda p: p.n_c > 0, 'needs a categorical: n_c must be at least 1'),
-    ('tc', lambda p: p.batch > 1, 'compares codes of one batch: batch must be at least 2'),
-    ('tc', lambda p: p.batch <= p.n_data,
-     'draws its batches from n_data images: batch must be at most n_data'),
-    ('factor', lambda p: p.batch > 3,
-     'permutes the codes of half a batch: batch must be at least 4')]
-
-# %% ../nbs/10_training.ipynb #1d10ed4a
-def possible(preset):
-    "A `ModelPreset` as it is; raises `SettingsError` if its objective cannot be computed."
-    for name, holds, why in LIMITS:
-        if preset.objective == name and not holds(preset):
-            raise SettingsError(f'objective = {name} {why}; it is n_c = {preset.n_c}, '
-                                f'batch = {preset.batch}, n_data = {preset.n_data}.')
-    return preset
-
 # %% ../nbs/10_training.ipynb #4a00f7a1
 def network(p):
-    """The `VAE` of a `ModelPreset`; raises `SettingsError` for sizes that it has not,
-    and if it does not fit into memory."""
+    "The `VAE` of a `ModelPreset`; raises `SettingsError` if it does not fit into memory."
     try:
         return VAE(p.n_z, p.n_c, p.channels, p.size, p.tau, p.likelihood, p.network)
-    except ValueError as e:
-        raise SettingsError(f'There is no such network: {e}.') from None
     except (RuntimeError, MemoryError) as e:
         why = str(e).splitlines()[0][:100]
         raise SettingsError(f'The networks do not fit into memory, with n_z = {p.n_z}, n_c = '
@@ -431,7 +412,7 @@ def build(preset, seed=0):
         raise SettingsError(f'seed = {seed}: it should be at least 0 and less than 2^32.')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = network(possible(preset))
+        model = network(within_limits(preset))
         return with_discriminator(model) if preset.objective == 'factor' else model
 
 # %% ../nbs/10_training.ipynb #d481416b
@@ -468,7 +449,7 @@ def identity(preset, seed, images=''):
 def own_images(preset, data=None):
     """The `digest` of the images that a `ModelPreset` is trained on (`data`, else those of its data
     set); '' if they are those of a set that its name determines."""
-    if data is None and preset.data in IMAGES: return ''
+    if data is None and determined(preset.data): return ''
     x = load(preset.data, size=preset.size).x if data is None else data
     return '' if is_set(x, preset.data, preset.size) else digest(x)
 
@@ -638,6 +619,14 @@ def pretrained(name, seed=0, source=WEIGHTS):
     return load_weights(path, build(p.model_copy(update={'objective': 'elbo'}), seed=seed)).eval()
 
 # %% ../nbs/10_training.ipynb #293fd601
+def curves_of(folder):
+    "The learning curves that `train` left in `folder`, a data frame. Raises `TrainingError`."
+    path = Path(folder)/'curves.csv'
+    with suppress(TableError, OSError):
+        table = read_table(checked(path))
+        if {'step', 'rec', 'kl_c'} <= {*table}: return table
+    raise TrainingError(f'{path} is missing or damaged: delete {folder} and train again.')
+
 def learning_curve(name, seed, runs, every=500):
     """The learning curve of the model that `vae-robust train NAME --seed S` leaves in the folder
     `runs`, where it is trained unless it is there: a data frame with name, seed, step, and means
@@ -645,13 +634,9 @@ def learning_curve(name, seed, runs, every=500):
     shipped bytes."""
     folder = Path(runs)/'train.full'/name/f'seed{seed}'
     train(preset(name), folder, seed)
-    try:
-        t = read_table(checked(folder/'curves.csv'))
-        t = pd.DataFrame({'step': -(-t.step//every)*every, 'rec': t.rec,
-                          'kl_z': t.filter(like='kl_z').sum(axis=1), 'kl_c': t.kl_c})
-    except (TableError, OSError, AttributeError):
-        raise TrainingError(f'{folder/"curves.csv"} is missing or damaged: '
-                            f'delete {folder} and train again.') from None
+    t = curves_of(folder)
+    t = pd.DataFrame({'step': -(-t.step//every)*every, 'rec': t.rec,
+                      'kl_z': t.filter(like='kl_z').sum(axis=1), 'kl_c': t.kl_c})
     mine, known = (folder/'weights.safetensors').read_bytes(), hashes()
     same = sha256(mine).hexdigest() == known.get(f'{name.replace(".", "/")}/seed{seed}.safetensors')
     return t.groupby('step', as_index=False).mean().round(3).assign(name=name, seed=seed), same

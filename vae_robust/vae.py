@@ -21,6 +21,7 @@ from torch.distributions import (Bernoulli, ContinuousBernoulli, Independent, No
 from torch.nn.functional import binary_cross_entropy_with_logits
 from .data import as_images, pixels
 from .elbo import iwae_bound
+from .settings import ModelPreset, limit
 
 # %% ../nbs/04_vae.ipynb #f1cae9c3
 def gaussian_kl(mu, lv, # mean and log variance of q, any shape
@@ -188,6 +189,15 @@ def check_vae(size, likelihood, network):
     if network not in NETWORKS or network == 'large' and size > 64:
         raise ValueError('network must be small, or large for a size of at most 64, '
                          f'not {network!r} for {size}')
+
+# %% ../nbs/04_vae.ipynb #c94aa391
+@limit(ModelPreset)
+def network_exists(p):
+    "ValueError if a `ModelPreset` asks for a `VAE` that there cannot be."
+    try:
+        check_vae(p.size, p.likelihood, p.network)
+    except ValueError as e:
+        raise ValueError(f'there is no such network: {e}') from None
 
 # %% ../nbs/04_vae.ipynb #75255cd4
 def readable(model, x):

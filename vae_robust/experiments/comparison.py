@@ -17,7 +17,7 @@ from ..metrics import (METRICS, class_accuracy, dci, encode, entropies, score_al
                                         mig, mutual_information, sap, udr)
 from ..settings import preset, provenance, read_table, root, save_csv, smoke, write
 from ..sweep import collected, sweep
-from ..training import hashes, pretrained, ship, train
+from ..training import curves_of, hashes, own_images, pretrained, ship, train
 from ..total_correlation import measured_terms
 from ..traversals import grid, kl_per_latent, traversal
 from ..vae import kl
@@ -78,9 +78,11 @@ def scores(model, x, v, **settings): # settings: seed, halves, as for `metric`
 # %% ../../nbs/25_comparison.ipynb #3300e1bb
 def cells(seeds=None):
     """The cells of the comparison, dicts of model, seed and preset, seed by seed:
-    of `seeds`, or of each objective's `SEEDS`."""
+    of `seeds`, or of each objective's `SEEDS`; and a digest of the images, if they are published ones."""
+    own = own_images(preset('dsprites.vae'))
     each = ({'model': f'dsprites.{n}', 'seed': s,
              'preset': preset(f'dsprites.{n}').model_dump(exclude_defaults=True)}
+            | ({'images': own} if own else {})
             for n in NAMES for s in seeds or SEEDS[n])
     return sorted(each, key=lambda c: c['seed'])
 
@@ -128,7 +130,7 @@ def publish(runs, folder=None, seeds=None):
 def curve(name, seed, runs):
     """The learning curve of a trained model: a data frame with model, seed, step,
     reconstruction and KL, means over 100 steps in nats."""
-    t = pd.read_csv(Path(runs)/'train.full'/f'dsprites.{name}'/f'seed{seed}'/'curves.csv')
+    t = curves_of(Path(runs)/'train.full'/f'dsprites.{name}'/f'seed{seed}')
     return pd.DataFrame({'model': name, 'seed': seed, 'step': t.step, 'reconstruction': t.rec,
                          'KL': t.filter(like='kl_').sum(axis=1)}).round(3)
 

@@ -6,7 +6,7 @@ r"""Ten numbers draw a face, $x = f(k_1, \dots, k_{10})$: are the codes that kee
 __all__ = ['report_faces']
 
 # %% ../../nbs/24_faces.ipynb #5b1e89fe
-import warnings
+import time, warnings
 from functools import cache, partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -21,8 +21,8 @@ from ..robustness import auddc, distortions, reconstruct
 from ..statistics import welch
 from ..settings import preset, root, save_figure, save_table, smoke
 from ..studies import Cell, Makers, ask, cells_of, models_of, prepare, restore, table_of
-from ..training import (cosine, dead, fit, identity, keep_memory, load_weights,
-                                 one_thread, save_weights, train)
+from ..training import (cosine, dead, fit, identity, keep_memory,
+                                 leave, load_weights, one_thread, train)
 from ..traversals import kl_per_latent, show_grid, traversal
 
 # %% ../../nbs/24_faces.ipynb #bfb8998a
@@ -113,11 +113,11 @@ def train_attribute_judge(p, folder, seed=0, progress=False):
     x, y = images(p.data, 'train')
     data, adam = (x, attributes(p.data, y)[1]), partial(Adam, lr=p.lr)
     keep_memory()
+    began = time.time()
     with one_thread():
-        fit(judge, attribute_loss, data, p.steps, p.batch, adam, cosine, seed,
-            folder=folder, settings=settings, desc='judge', progress=progress)
-    save_weights(path, judge, settings)
-    (Path(folder)/'checkpoint.pt').unlink(missing_ok=True)
+        curves = fit(judge, attribute_loss, data, p.steps, p.batch, adam, cosine, seed,
+                     folder=folder, settings=settings, desc='judge', progress=progress)
+    leave(path, judge, settings, curves, time.time() - began, torch.float32, 'cpu')
     return judge.eval()
 
 # %% ../../nbs/24_faces.ipynb #c6ed8628

@@ -6,12 +6,11 @@
 __all__ = ['publish_study', 'gaps']
 
 # %% ../../nbs/A8_tables.ipynb #0af98135
-import io
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..robustness import tally, together, worst
-from ..settings import preset, read_table, root
+from ..settings import preset, read_rows, read_table, root
 from ..statistics import bootstrap, interval, welch
 from ..studies import answered, cells_of, keys_of, last, publish
 
@@ -44,7 +43,7 @@ def add_worst_case(answers, study):
 # %% ../../nbs/A8_tables.ipynb #4d35a951
 def typed(column):
     "A column of text as numbers or booleans, if its words are such."
-    return pd.read_csv(io.StringIO(column.to_csv(index=False)))[column.name]
+    return read_rows(column.to_csv(index=False))[column.name]
 
 # %% ../../nbs/A8_tables.ipynb #ca0c0da0
 def tidy(study, answers):
