@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
 
-from test_style import NOT_YET, too_long
+from test_style import too_long
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -67,8 +67,6 @@ def test_notebooks_are_clean(exported):
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_cells_are_small(nb):
-    if f'nbs/{nb.name}' in NOT_YET:
-        pytest.skip('to be rewritten: see NOT_YET in test_style')
     assert [c for c in too_long(code(nb)) if not c.startswith('longest')] == []  # see test_style
 
 
