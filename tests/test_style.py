@@ -14,12 +14,12 @@ FILES = [f.relative_to(ROOT).as_posix() for d in KINDS for f in sorted((ROOT/d).
 
 
 def sources(file):
-    "What is code in a file: its cells, or one text, without prose and names that nbdev puts first."
+    "What is code in a file: its cells, or one text without `__all__`, which nbdev wraps."
     text = (ROOT/file).read_text()
     if file.endswith('.ipynb'):
         cells = [c for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
         return [re.sub('^%', '# %', ''.join(c['source']), flags=re.M) for c in cells]  # no magics
-    return [text[max(0, text.find('\n# %% ../')):]]
+    return [re.sub(r'^__all__ = \[.*?\]\n', '', text, count=1, flags=re.M | re.S)]
 
 
 def code_lines(text):
