@@ -1,6 +1,9 @@
 import os
 os.environ['VAE_ROBUST_SMOKE'] = '1'
 
+from jaxtyping import install_import_hook
+install_import_hook('vae_robust', 'beartype.beartype')  # types and shapes of all calls are checked
+
 import pytest, torch
 from vae_robust.data import load, pixels
 from vae_robust.vae import VAE

@@ -85,11 +85,6 @@ def shown(value, digits=1):
     rounded = Decimal(str(float(value))).quantize(unit, ROUND_HALF_UP)
     return f'{rounded:f}' if rounded else f'{abs(rounded):f}'
 
-# %% ../nbs/A4_claims.ipynb #8fb32136
-def quote(id, digits=1, part='value', folder=None):
-    "The `part` ('value', 'low', 'high') of the claim `id` as it is `shown`."
-    return shown(claims(folder).loc[id, part], digits)
-
 # %% ../nbs/A4_claims.ipynb #c7878589
 def recomputed(table, folder=None):
     "Claims with value, low, high and n computed anew from the tables, four decimals."

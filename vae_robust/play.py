@@ -7,6 +7,7 @@ __all__ = ['AttackPlayground']
 
 # %% ../nbs/A6_play.ipynb #ef27788c
 import math
+from functools import partial
 from threading import Thread
 from time import monotonic
 import ipywidgets as widgets, torch
@@ -22,6 +23,7 @@ from .traversals import png, stacked, strip
 # %% ../nbs/A6_play.ipynb #f8ffd173
 ORANGE, PURPLE = torch.tensor([[.90, .38, 0.], [.37, .24, .60]]).view(2, 3, 1, 1)
 
+# %% ../nbs/A6_play.ipynb #e1dce747
 def coloured(d):
     """Changes (B, C, H, W) in [-1, 1] as colours (B, 3, H, W): orange where darker, white at 0,
     purple where brighter."""
@@ -31,12 +33,20 @@ def coloured(d):
 # %% ../nbs/A6_play.ipynb #0b7c7721
 FONT, GREY, BLUE = ImageFont.load_default(11), '#aaaaaa', '#0072b2'
 
+# %% ../nbs/A6_play.ipynb #4253e0ba
 def captioned(picture, text):
     "A PIL image with a line of text above it."
     out = Image.new('RGB', (picture.width, picture.height + 14), 'white')
     out.paste(picture, (0, 14))
     ImageDraw.Draw(out).text((0, 0), text, 'black', FONT)
     return out
+
+# %% ../nbs/A6_play.ipynb #c9853c32
+def bar(k, i, p, step, floor):
+    """The corners of the bar of a probability `p`: the `i`th of class `k`, whose place is `step`
+    wide. A probability of one reaches from `floor` to the top."""
+    left, right = (k + .4*i + .1)*step, (k + .4*i + .4)*step
+    return left, (1 - p)*floor, right, floor
 
 # %% ../nbs/A6_play.ipynb #db1b4e57
 def bars(before, after, size=96):
@@ -46,20 +56,39 @@ def bars(before, after, size=96):
     for k, both in enumerate(zip(before.tolist(), after.tolist())):
         draw.text(((k + .2)*step, floor + 1), str(k), 'black', FONT)
         for i, p in enumerate(both):
-            left, right = (k + .4*i + .1)*step, (k + .4*i + .4)*step
-            draw.rectangle((left, (1 - p)*floor, right, floor), (GREY, BLUE)[i])
+            draw.rectangle(bar(k, i, p, step, floor), (GREY, BLUE)[i])
     return out
 
 # %% ../nbs/A6_play.ipynb #5ea08eaa
-def curve(values, wide=140, size=96):
-    "Values over steps, scaled to the frame, as a PIL image."
-    out, v = Image.new('RGB', (wide, size), 'white'), [float(a) for a in values if math.isfinite(a)]
+def points(v, wide, size):
+    "The points (x, y) of values `v` over steps: the highest near the top, the last at the right."
     low, high = min(v, default=0), max(v, default=0)
     width, height = wide/max(len(v) - 1, 1), (size - 8)/(high - low or 1)
-    points = [(i*width, 4 + (high - a)*height) for i, a in enumerate(v)]
+    return [(i*width, 4 + (high - a)*height) for i, a in enumerate(v)]
+
+# %% ../nbs/A6_play.ipynb #ea9e45a7
+def curve(values, wide=140, size=96):
+    "Those of `values` over steps that are finite, scaled to the frame, as a PIL image."
+    out, v = Image.new('RGB', (wide, size), 'white'), [float(a) for a in values if math.isfinite(a)]
     if len(v) > 1:
-        ImageDraw.Draw(out).line(points, BLUE, 2)
+        ImageDraw.Draw(out).line(points(v, wide, size), BLUE, 2)
     return out
+
+# %% ../nbs/A6_play.ipynb #320c7464
+def pictures_of(x, xs, rebuilt, eps):
+    """Captioned pictures of a source x, the attacked xs, and what was `rebuilt` of x, xs and the
+    target."""
+    own, seen, goal = rebuilt
+    shown = {'source': x, '... rebuilt': own, f'change / {eps:.2f}': coloured((xs - x)/eps)}
+    pictures = [*shown.items(), ('attacked', xs), ('... rebuilt', seen), ('target rebuilt', goal)]
+    return [captioned(strip(a, 3), text) for text, a in pictures]
+
+# %% ../nbs/A6_play.ipynb #819562eb
+def charts_of(p, trace):
+    """Captioned charts of the judge's probabilities before and after, (2, K), and of a `trace` of
+    values."""
+    ends = f' {trace[0].item():.3g} to {min(trace).item():.3g}' if trace else ''
+    return [captioned(bars(*p), 'judge of rebuilt'), captioned(curve(trace), f'objective{ends}')]
 
 # %% ../nbs/A6_play.ipynb #2b53a42b
 def labelled(kind, text, *args, **kw):
@@ -73,12 +102,20 @@ def choice(text, options, i=0):
     return labelled(widgets.Dropdown, text, options=list(options), index=i)
 
 # %% ../nbs/A6_play.ipynb #6d76718a
+def whole(text, value, low, high):
+    "A slider of whole numbers from `low` to `high`."
+    return labelled(widgets.IntSlider, text, value, low, high)
+
+# %% ../nbs/A6_play.ipynb #4e724cb8
+def real(text, value, low, high, step):
+    "A slider of numbers from `low` to `high`, `step` apart."
+    return labelled(widgets.FloatSlider, text, value, min=low, max=high, step=step)
+
+# %% ../nbs/A6_play.ipynb #895d1207
+PICTURES, STRENGTH = ('source', 'target', 'number'), ('lam', 'eps', 'steps')
+
 def sliders(pair):
-    """The sliders of the playground by name: source class, target class and which images (`pair`);
-    the attack."""
-    whole = lambda text, value, low, high: labelled(widgets.IntSlider, text, value, low, high)
-    real = lambda text, value, low, high, step: labelled(widgets.FloatSlider, text, value, min=low,
-                                                         max=high, step=step)
+    "The sliders of the playground by name; `pair`: what those of `PICTURES` say at first."
     source, target, number = pair
     return {'source': whole('source', source, 0, 9), 'target': whole('target', target, 0, 9),
             'number': whole('which one', number, 0, 19), 'lam': real('λ', 1, 0, 4, .05),
@@ -87,126 +124,150 @@ def sliders(pair):
 # %% ../nbs/A6_play.ipynb #f9ed485c
 ATTACKS = 'latent', 'kl', 'symmetric_kl', 'w2', 'output', 'l_vae', 'judge'
 
-class PlaygroundControls:
-    """The widgets of the `AttackPlayground`: `tasks` are those that say which images, models and
-    judge."""
-    def __init__(self, models, judges, pair):
-        self.sliders, self.judge = sliders(pair), choice('judge', judges)
-        self.sides = [choice(f'model {i + 1}', models, i % len(models)) for i in (0, 1)]
-        self.objective = choice('objective', ATTACKS)
-        self.knows = widgets.Checkbox(True, description='knows the discrete code', indent=False)
-        self.run = widgets.Button(description='attack', button_style='primary')
-        self.stop = widgets.Button(description='stop', disabled=True)
-        self.bar, self.note = widgets.IntProgress(), widgets.HTML()
-        self.image = widgets.Image(format='png', layout=widgets.Layout(max_width='100%'))
-        pictures = [self.sliders[k] for k in ('source', 'target', 'number')]
-        self.tasks = [*pictures, *self.sides, self.judge]
-        strength = [self.sliders[k] for k in ('lam', 'eps', 'steps')]
-        last = widgets.HBox([self.run, self.stop, self.bar])
-        left = widgets.VBox(pictures + strength)
-        right = widgets.VBox([*self.sides, self.judge, self.objective, self.knows, last])
-        self.box = widgets.VBox([widgets.HBox([left, right]), self.image, self.note])
+# %% ../nbs/A6_play.ipynb #220e0f14
+def lists(models, judges):
+    "What is chosen by name: the models of both `sides`, the `judge`, the `objective`."
+    sides = [choice(f'model {i + 1}', models, i % len(models)) for i in (0, 1)]
+    return dict(sides=sides, judge=choice('judge', judges), objective=choice('objective', ATTACKS))
 
-    def busy(self, on):
-        "While an attack runs, its task may not change."
-        self.stop.disabled = not on
-        for c in (*self.tasks, self.knows, self.run):
-            c.disabled = on
+# %% ../nbs/A6_play.ipynb #237556e6
+def pressed():
+    "What is pressed: what the attack `knows`, `run`, `stop`."
+    knows = widgets.Checkbox(True, description='knows the discrete code', indent=False)
+    return dict(knows=knows, stop=widgets.Button(description='stop', disabled=True),
+                run=widgets.Button(description='attack', button_style='primary'))
+
+# %% ../nbs/A6_play.ipynb #3c0337c6
+def watched():
+    "What shows the attack: a `bar` of progress, the `image`, a `note` of what the judge sees."
+    image = widgets.Image(format='png', layout=widgets.Layout(max_width='100%'))
+    return dict(bar=widgets.IntProgress(), image=image, note=widgets.HTML())
+
+# %% ../nbs/A6_play.ipynb #cd262756
+def laid_out(p):
+    "The controls of the playground `p` in one box: sliders left, lists right, the picture below."
+    left = widgets.VBox([p.sliders[name] for name in PICTURES + STRENGTH])
+    last = widgets.HBox([p.run, p.stop, p.bar])
+    right = widgets.VBox([*p.sides, p.judge, p.objective, p.knows, last])
+    return widgets.VBox([widgets.HBox([left, right]), p.image, p.note])
+
+# %% ../nbs/A6_play.ipynb #2c10cca8
+def tasks(p):
+    "The controls that say which images, models and judge."
+    return [*(p.sliders[name] for name in PICTURES), *p.sides, p.judge]
+
+# %% ../nbs/A6_play.ipynb #5eeab3a6
+def busy(p, on):
+    "While an attack runs, its task may not change."
+    p.stop.disabled = not on
+    for control in (*tasks(p), p.knows, p.run):
+        control.disabled = on
+
+# %% ../nbs/A6_play.ipynb #a539ad2c
+def picked(p, name):
+    "The image (1, C, H, W) that is chosen as the 'source' or the 'target'."
+    of_class = (p.data.y == p.sliders[name].value).nonzero()[:, 0]
+    i = of_class[p.sliders['number'].value % len(of_class)]
+    return pixels(p.data.x[i][None])
+
+# %% ../nbs/A6_play.ipynb #bb686d49
+@torch.no_grad()
+def rebuilt_by(p, name, xs):
+    "What the model `name` makes of source, attacked image `xs` and target: three (1, C, H, W)."
+    return p.models[name](torch.cat([p.x, xs, p.x_t])).split(1)
+
+# %% ../nbs/A6_play.ipynb #6fb148fd
+@torch.no_grad()
+def probabilities(p, images):
+    "What the chosen judge sees in each of `images`, (1, C, H, W): (len(images), K)."
+    return p.judges[p.judge.value](torch.cat(images)).softmax(-1)
 
 # %% ../nbs/A6_play.ipynb #f7c9d500
-class PlaygroundPicture(PlaygroundControls):
-    """What the `AttackPlayground` shows: sources `x` and targets `x_t`, and what `found` (two
-    `Watched`) has."""
-    def restart(self, *_):
-        "Show the chosen pair and models, not attacked."
-        of = lambda k: (self.data.y == self.sliders[k].value).nonzero()[:, 0]
-        i, j = (of(k)[self.sliders['number'].value % len(of(k))] for k in ('source', 'target'))
-        self.x, self.x_t = pixels(self.data.x[i][None]), pixels(self.data.x[j][None])
-        self.found = [None, None]
-        self.show()
+def row(p, name, found):
+    """The row of pictures of the model `name`, and what the judge sees before and after. `found`: a
+    `Watched`, or None before an attack."""
+    xs = found.best if found else p.x
+    rebuilt = rebuilt_by(p, name, xs)
+    seen = probabilities(p, rebuilt[:2])
+    trace = [v for v in found.trace if v < FIRST] if found else []  # where the code is as wanted
+    tiles = pictures_of(p.x, xs, rebuilt, p.sliders['eps'].value) + charts_of(seen, trace)
+    return captioned(stacked(tiles, across=True), name), tuple(seen.argmax(1).tolist())
 
-    def show(self):
-        "Draw what was found so far, and say it."
-        rows, self.outcome = zip(*(self.row(s.value, f) for s, f in zip(self.sides, self.found)))
-        self.image.value, self.bar.value = png(stacked(rows)), self.evaluated
-        said = [f'<b>{s.value}</b>: the judge saw {a}, now {b}.'
-                for s, (a, b) in zip(self.sides, self.outcome)]
-        self.note.value = ' '.join(said)
+# %% ../nbs/A6_play.ipynb #3fa462c5
+def show(p):
+    "Draw what was found so far, and say it."
+    rows, p.outcome = zip(*(row(p, s.value, f) for s, f in zip(p.sides, p.found)))
+    p.image.value, p.bar.value = png(stacked(rows)), p.evaluated
+    p.note.value = ' '.join(f'<b>{s.value}</b>: the judge saw {before}, now {after}.'
+                            for s, (before, after) in zip(p.sides, p.outcome))
 
-    def row(self, name, f):
-        "A model's row of pictures, and what the judge sees before and after."
-        xs = f.best if f else self.x
-        with torch.no_grad():
-            rebuilt = self.models[name](torch.cat([self.x, xs, self.x_t])).split(1)
-            p = self.judges[self.judge.value](torch.cat(rebuilt[:2])).softmax(-1)
-        trace = [v for v in f.trace if v < FIRST] if f else []  # where the code is the wanted one
-        tiles = pictures_of(self.x, xs, rebuilt, self.sliders['eps'].value) + charts_of(p, trace)
-        return captioned(stacked(tiles, across=True), name), tuple(p.argmax(1).tolist())
+# %% ../nbs/A6_play.ipynb #31177422
+def restart(p, *_):
+    "Show the chosen pair and models, not attacked."
+    p.x, p.x_t, p.found = picked(p, 'source'), picked(p, 'target'), [None, None]
+    show(p)
+
+# %% ../nbs/A6_play.ipynb #6fe842aa
+def watch(p, n):
+    "After `n` evaluations: stop, if asked to; draw, but not more than ten times a second."
+    p.evaluated += n
+    if p.stopping:
+        for found in filter(None, p.found):
+            found.stop = math.inf
+    if monotonic() < p.due: return
+    show(p)
+    p.due = monotonic() + .1
 
 # %% ../nbs/A6_play.ipynb #b4816a2e
-class PlaygroundAttack(PlaygroundPicture):
-    "How the `AttackPlayground` attacks: in a thread, with `watch` in between."
-    def attack(self):
-        "One model after the other; both by the same preset."
-        try:
-            for side, name in enumerate(s.value for s in self.sides):
-                self.search(side, self.models[name], self.preset())
-            self.show()
-        except Exception as e:  # or the thread would die in silence
-            self.note.value = f'The attack failed: {type(e).__name__}: {e}'
-        finally:
-            self.busy(False)
-
-    def preset(self):
-        "The `AttackPreset` that the controls ask for."
-        keys = {k: self.sliders[k].value for k in ('lam', 'eps', 'steps')}
-        keys |= dict(objective=self.objective.value, forced=self.knows.value)
-        if self.knows.value:
-            select = 'decoded' if self.objective.value == 'latent' else 'hard'
-            keys |= dict(features='codes', select=select)
-        return read_preset(self.base, **keys)
+def asked_for(p):
+    "The `AttackPreset` that the controls ask for."
+    keys = {name: p.sliders[name].value for name in STRENGTH}
+    keys |= dict(objective=p.objective.value, forced=p.knows.value)
+    if p.knows.value:
+        select = 'decoded' if p.objective.value == 'latent' else 'hard'
+        keys |= dict(features='codes', select=select)
+    return read_preset(p.base, **keys)
 
 # %% ../nbs/A6_play.ipynb #de228d84
-class PlaygroundSearch(PlaygroundAttack):
-    "One attack of the `AttackPlayground`, run by run."
-    def search(self, side, model, p):
-        "Attack one `model`; `found[side]` watches, and is the best run in the end."
-        plan = planned(p, model, self.x, self.x_t, self.judges[self.judge.value])
-        one, done = torch.arange(1), []
-        noises = [torch.Generator().manual_seed(i) for i in range(len(plan.runs))]
-        for run, start in zip(plan.runs, starts(self.x, p, noises)):
-            J, by = (f and penalised(f, self.x, p.lam) for f in run(one))
-            f = self.found[side] = Watched(J, self.watch, rank=by)
-            OPTIMISERS[p.optimiser](f, start, self.x, p.eps, p.steps, p.step, ball=p.ball)
-            done.append(f)
-        rank = penalised(plan.rank(one), self.x, p.lam)
-        self.found[side] = min(done, key=lambda f: value_of(rank, f.best).item())
+def run_once(p, side, objectives, start, preset):
+    "One run from `start`, a `Watched`: `p.found[side]`. `objectives`: the run's, and the rank's."
+    J, by = (f and penalised(f, p.x, preset.lam) for f in objectives)
+    found = p.found[side] = Watched(J, partial(watch, p), rank=by)
+    search = OPTIMISERS[preset.optimiser]
+    search(found, start, p.x, preset.eps, preset.steps, preset.step, ball=preset.ball)
+    return found
 
-    def watch(self, n):
-        "After `n` evaluations: stop, if asked to; draw, but not more than ten times a second."
-        self.evaluated += n
-        if self.stopping:
-            for f in filter(None, self.found):
-                f.stop = math.inf
-        if monotonic() < self.due: return
-        self.show()
-        self.due = monotonic() + .1
+# %% ../nbs/A6_play.ipynb #d968aacd
+def all_runs(p, side, model, preset):
+    "Attack one `model`; `p.found[side]` watches, and is the best run in the end."
+    plan = planned(preset, model, p.x, p.x_t, p.judges[p.judge.value])
+    one = torch.arange(1)
+    noises = [torch.Generator().manual_seed(i) for i in range(len(plan.runs))]
+    done = [run_once(p, side, run(one), start, preset)
+            for run, start in zip(plan.runs, starts(p.x, preset, noises))]
+    rank = penalised(plan.rank(one), p.x, preset.lam)
+    p.found[side] = min(done, key=lambda found: value_of(rank, found.best).item())
 
-# %% ../nbs/A6_play.ipynb #8a3956ae
-def pictures_of(x, xs, rebuilt, eps):
-    """Captioned pictures of a source x, the attacked xs, and what was `rebuilt` of x, xs and the
-    target."""
-    own, seen, goal = rebuilt
-    shown = {'source': x, '... rebuilt': own, f'change / {eps:.2f}': coloured((xs - x)/eps)}
-    pictures = [*shown.items(), ('attacked', xs), ('... rebuilt', seen), ('target rebuilt', goal)]
-    return [captioned(strip(a, 3), text) for text, a in pictures]
+# %% ../nbs/A6_play.ipynb #5fcf9abf
+def attack_both(p):
+    "One model after the other, both by the same preset; a sentence if something goes wrong."
+    try:
+        for side, name in enumerate(s.value for s in p.sides):
+            all_runs(p, side, p.models[name], asked_for(p))
+        show(p)
+    except Exception as e:  # or the thread would die in silence
+        p.note.value = f'The attack failed: {type(e).__name__}: {e}'
+    finally:
+        busy(p, False)
 
-# %% ../nbs/A6_play.ipynb #cba41f0a
-def charts_of(p, trace):
-    """Captioned charts of the judge's probabilities before and after, (2, K), and of a `trace` of
-    values."""
-    ends = f' {trace[0].item():.3g} to {min(trace).item():.3g}' if trace else ''
-    return [captioned(bars(*p), 'judge of rebuilt'), captioned(curve(trace), f'objective{ends}')]
+# %% ../nbs/A6_play.ipynb #43686c60
+def start(p, *_):
+    "Attack in a thread."
+    p.stopping, p.due, p.found, p.evaluated = False, 0, [None, None], 0
+    p.bar.max = 2*(p.sliders['steps'].value + 1)*(1 + p.knows.value)
+    busy(p, True)
+    p.thread = Thread(target=attack_both, args=(p,), daemon=True)
+    p.thread.start()
 
 # %% ../nbs/A6_play.ipynb #a419cd90
 def tried(models, judges, x):
@@ -254,7 +315,7 @@ def keep_to_classes(sliders, y):
         s.observe(snap, 'value')
 
 # %% ../nbs/A6_play.ipynb #3c6169d9
-class AttackPlayground(PlaygroundSearch):
+class AttackPlayground:
     """Two models under the same attack, live, with a button that stops it.
 
     `models`: `VAE`s by name; `judges`: classifiers, images to scores (B, K), by name; `data`: an
@@ -263,20 +324,13 @@ class AttackPlayground(PlaygroundSearch):
     picture, a PNG; `.thread` runs the attack; `.outcome`: for each model the class that the judge
     sees in the reconstruction before and after. Raises `AttackError` for what cannot be played with."""
     def __init__(self, models, judges, data, base='attack.strong', pair=(3, 8, 2)):
-        super().__init__(models, judges, pair)
         self.models, self.judges, self.data = playable(models, judges, data)
-        self.base, self.evaluated = base, 0
+        self.base, self.sliders, self.evaluated = base, sliders(pair), 0
+        vars(self).update(lists(self.models, self.judges) | pressed() | watched())
+        self.box = laid_out(self)
         keep_to_classes(self.sliders, self.data.y)
-        for c in self.tasks:
-            c.observe(self.restart, 'value')
-        self.run.on_click(self.start)
+        for control in tasks(self):
+            control.observe(partial(restart, self), 'value')
+        self.run.on_click(partial(start, self))
         self.stop.on_click(lambda _: setattr(self, 'stopping', True))
-        self.restart()
-
-    def start(self, *_):
-        "Attack in a thread."
-        self.stopping, self.due, self.found, self.evaluated = False, 0, [None, None], 0
-        self.bar.max = 2*(self.sliders['steps'].value + 1)*(1 + self.knows.value)
-        self.busy(True)
-        self.thread = Thread(target=self.attack, daemon=True)
-        self.thread.start()
+        restart(self)
