@@ -103,7 +103,7 @@ def rows_of(run, model, judges, preset, seed=0):
     rows |= {'objective_before': run.found.before, 'objective_after': run.found.after}
     rows |= {'l2': norm(run.found.x - run.x), 'linf': BALLS['linf'].size(run.found.x - run.x)}
     rows |= verdicts(model, judges, preset, {'before': run.x, 'after': run.found.x}, seed)
-    return pd.DataFrame({k: v.numpy() for k, v in rows.items()})
+    return pd.DataFrame({k: v.cpu().numpy() for k, v in rows.items()})
 
 # %% ../nbs/21_robustness.ipynb #a7606ba6
 PORTION = 5000  # pairs whose images are in memory at the same time

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ModelError', 'adapt', 'load_model', 'save_model', 'push', 'pull']
 
-# %% ../nbs/28_yours.ipynb #6b54db09
+# %% ../nbs/28_yours.ipynb #4e6a2642
 import json
 from functools import partial
 from hashlib import sha256
@@ -15,10 +15,13 @@ import torch
 from torch import nn, Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, OneHotCategorical
 from torch.distributions.kl import register_kl
-from .data import as_images, pixels
+from torch.optim import Adam
+from .data import as_images, digest, pixels
+from .judges import judge_loss
 from .objectives import AttackError, unwrapped
 from .settings import ModelPreset, write
-from .training import TrainingError, build, identity, own_images, packed, read_weights
+from .training import (TrainingError, build, fit, identity, load_weights, own_images,
+                                 packed, read_weights, save_weights)
 from .vae import VAE, Posterior, evaluating, reached
 
 # %% ../nbs/28_yours.ipynb #19cb0aaf
@@ -531,6 +534,30 @@ def adapt(model, like=None, before=None, after=None):
         kind = described(model)
         raise ModelError(f'{kind[0].upper()}{kind[1:]} is not recognised: {e}.\n{WRAPPER}') from e
 
+# %% ../nbs/28_yours.ipynb #34633b88
+def small_classifier(channels, classes):
+    "Images (B, channels, H, W) to scores (B, classes), of whatever size."
+    see = [nn.Conv2d(channels, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU()]
+    return nn.Sequential(*see, nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(32*8*8, classes))
+
+# %% ../nbs/28_yours.ipynb #30b061fd
+def own_judge(data, folder, steps=400, progress=True):
+    """A classifier of `ImageData` in eval mode, trained, or loaded if `folder` has the one of these
+    images. Raises `ModelError` unless there is one class an image."""
+    if data.y.ndim != 1 or not len(data.y):
+        raise ModelError('A judge needs classes, and these images have none: put the pictures into a '
+                         'folder for each, or give labels.')
+    images = digest((data.x, data.y))[:16]
+    settings, path = f'own judge, {steps} steps on {images}', Path(folder)/f'{images}.safetensors'
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = small_classifier(data.x.shape[1], int(data.y.max()) + 1)
+    if path.exists(): return load_weights(path, judge, settings).eval()
+    adam, batch = partial(Adam, lr=1e-3), min(64, len(data.y))
+    fit(judge, judge_loss, tuple(data), steps, batch, adam, progress=progress, desc='judge')
+    save_weights(path, judge, settings)
+    return judge.eval()
+
 # %% ../nbs/28_yours.ipynb #c1dcf124
 def recorded(path, settings):
     """The `ModelPreset` and further facts, a dict, that the header of weights says.
@@ -548,6 +575,11 @@ def weights_in(path):
     "The file of weights that a folder or a file stands for."
     path = Path(path).expanduser()
     return path/'weights.safetensors' if path.is_dir() else path
+
+# %% ../nbs/28_yours.ipynb #2d09341a
+def preset_of(path):
+    "The `ModelPreset` of the model in a folder or a file of weights."
+    return recorded(path, read_weights(weights_in(path))[1])[0]
 
 # %% ../nbs/28_yours.ipynb #97f12e8c
 def load_model(path):
@@ -632,13 +664,13 @@ def hub():
 # %% ../nbs/28_yours.ipynb #4deeb8a2
 FILES = ['weights.safetensors', 'run.json', 'README.md', 'curves.csv']
 
-# %% ../nbs/28_yours.ipynb #49571b8c
+# %% ../nbs/28_yours.ipynb #613c473c
 def push(folder, repo, token=None, endpoint=None, private=True):
     """Upload a folder of `save_model` or `train` to the repository `repo` ('you/name') of a Hub,
     which is made if it is not there, and `private` then; its address. `token`, `endpoint`: as in
     huggingface_hub. Raises `TrainingError` for a folder without a model."""
     load_model(folder)
-    p, _ = recorded(folder, read_weights(weights_in(folder))[1])
+    p = preset_of(folder)
     if p != portable(p):
         raise TrainingError(f'The weights in {folder} say where their images lay, {p.data}: save_model '
                             'writes a folder that does not.')
