@@ -1,27 +1,32 @@
 import os, re, signal, subprocess, sys, time
+from pathlib import Path
 
-import pytest
+import numpy as np, pytest
+from PIL import Image
 from typer.testing import CliRunner
 
+from vae_robust import __version__
 from vae_robust.cli import app
-from vae_robust.settings import root
+from vae_robust.settings import read_settings, root
+from vae_robust.training import shipped
+from vae_robust.yours import load_model, preset_of
 
 
-def vae_robust(*args, **env):
-    return subprocess.run([sys.executable, '-c', 'from vae_robust.cli import app; app()',
-                           *map(str, args)], capture_output=True, text=True,
-                          env=os.environ | env, timeout=300)
+def vae_robust(*args, _program='root', **env):
+    code = f'from vae_robust.cli import app; app(prog_name={_program!r})'
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True,
+                          text=True, env=os.environ | env, timeout=300)
 
 
 def test_help_is_worth_reading_and_quick():
     began = time.time()
     done = vae_robust('--help')
     assert done.returncode == 0 and time.time() - began < 10
-    for command in ('data', 'train', 'attack', 'reproduce', 'study'):
+    for command in ('list', 'data', 'train', 'attack', 'reproduce', 'study'):
         assert re.search(rf'^  {command} +\w', done.stdout, re.M)
 
 
-@pytest.mark.parametrize('command', ['data', 'train', 'attack', 'reproduce', 'study'])
+@pytest.mark.parametrize('command', ['list', 'data', 'train', 'attack', 'reproduce', 'study'])
 def test_every_option_says_what_it_is(command):
     text = CliRunner().invoke(app, [command, '--help']).stdout
     for line in re.findall(r'^  (--\w+.*|\w+ +.*)$', text, re.M):
@@ -35,7 +40,8 @@ def test_train_attack_and_resume(tmp_path):
     done = vae_robust('attack', 'digits.entangled', 'attack.strong', '--length', 'train.smoke',
                       '--judge', 'judge.smoke', '--set', 'pairs=1', '--runs', tmp_path)
     assert done.returncode == 0 and 'mean AS ignore-target' in done.stdout
-    assert done.stdout.count('\n') >= 92
+    rows = re.findall(r'^\| +(\d+) \| +(\d+) \| +\d+ \|', done.stdout, re.M)  # counts are whole
+    assert len(rows) == 10 and '80 more rows: --all' in done.stdout and 'kept: pairs' in done.stdout
 
 
 @pytest.mark.parametrize('args, words', [
@@ -59,11 +65,85 @@ def test_train_attack_and_resume(tmp_path):
     (('attack', 'faces.entangled', '--judge', 'judge.faces', '--length', 'train.smoke'),
      'judges see grey images; for faces there is vae_robust.experiments.faces.report_faces'),
     (('study', 'study.smoke', '--backend', 'dask'), "There is no backend 'dask'"),
+    (('attack', 'mnist.disentangled', 'strong'), 'attack.strong, not strong.'),
+    (('train', 'digits.entangled', '--length', 'quick'), 'train.quick, not quick.'),
+    (('train', 'digits.entangled', '--length', 'attack.strong'), 'here one of kind train is'),
+    (('attack', 'nothing.like.it'), 'no section [nothing.like.it]; vae-robust list shows what'),
+    (('attack', 'mnist.entangled', '--set', 'eps=800/255'), 'eps = 3.13725'),
+    (('attack', 'mnist.entangled', '--data', 'pictures'), '--data goes with the folder of a model'),
+    (('attack', 'mnist.entangled', '--device', 'abacus'), "No device 'abacus' here"),
+    (('train', 'faces.entangled', '--data', 'nowhere'), 'nowhere is no folder of pictures'),
+    (('list', 'cats'), 'There is no list of cats, but of models, attacks'),
 ])
 def test_mistakes_get_one_sentence_and_status_1(tmp_path, args, words):
-    done = vae_robust(*args, *(('--runs', tmp_path) if args[0] == 'train' else ()))
-    assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr
+    runs = ('--runs', str(tmp_path)) if args[0] == 'train' else ()
+    done = CliRunner().invoke(app, [*args, *runs])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+    assert words in done.stderr and 'Traceback' not in done.stderr
     assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+def invoked(*args):
+    "What a command prints, in this process; its complaint if it fails."
+    done = CliRunner().invoke(app, [*map(str, args)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize('kind, first, others', [
+    ('models', 'mnist.entangled +Entangled: the plain', 'attack.'),
+    ('attacks', 'attack.thesis', 'mnist.'),
+    ('studies', 'study.primary', 'attack.'), ('judges', 'judge.residual', 'study.'),
+    ('lengths', 'train.quick', 'mnist.'), ('data', 'mnist\n', 'attack.')])
+def test_list(kind, first, others):
+    text = invoked('list', kind)
+    assert re.search(f'^{first}', text, re.M) and f'\n{others}' not in f'\n{text}'
+
+
+def test_every_section_is_in_one_list_and_completed():
+    listed = [line.split()[0] for kind in ('models', 'attacks', 'studies', 'judges', 'lengths')
+              for line in invoked('list', kind).splitlines()]
+    assert sorted(listed) == sorted(read_settings())
+    typed = dict(COMP_WORDS='vae-robust attack mnist.dis', COMP_CWORD='2')
+    done = vae_robust(_VAE_ROBUST_COMPLETE='complete_bash', _program='vae-robust', **typed)
+    assert 'mnist.disentangled' in done.stdout and 'entangled_wd' not in done.stdout
+
+
+def test_version():
+    assert invoked('--version') == f'vae_robust {__version__}\n'
+
+
+def test_pictures_of_your_own_from_training_to_rates(tmp_path):
+    a = np.random.default_rng(0).integers(256, size=(40, 20, 30, 3), dtype=np.uint8)
+    for i, x in enumerate(a):
+        (tmp_path/'cats'/'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(tmp_path/'cats'/'ab'[i % 2]/f'{i}.png')
+    words = ('--data', tmp_path/'cats', '--runs', tmp_path/'runs')
+    small = ('--set', 'size=32', '--set', 'n_z=3', '--set', 'batch=8')
+    train = ('train', 'faces.entangled', '--length', 'train.smoke', *small, *words)
+    folder = Path(invoked(*train).split(': ')[-1].strip()).parent
+    assert load_model(folder).shape == (3, 32, 32) and str(tmp_path).encode() not in (
+        folder/'weights.safetensors').read_bytes()
+    invoked(*train, '--steps', '24')
+    assert preset_of(folder).steps == 24
+    quick = ('--set', 'steps=2', '--set', 'pairs=2', '--set', 'eps=8/255')
+    text = invoked('attack', folder, 'attack.strong', *quick, *words)
+    assert 'mean AS ignore-target' in text and text.count('\n|') == 3
+    done = CliRunner().invoke(app, ['attack', str(folder), 'attack.strong'])
+    assert done.exit_code == 1 and 'does not judge images:cats' in done.output
+
+
+def test_a_file_of_weights_is_attacked(tmp_path):
+    quick = ('--set', 'steps=1', '--set', 'pairs=1', '--set', 'restarts=1')
+    text = invoked('attack', shipped('mnist/entangled'), 'attack.strong', *quick, '--all')
+    assert len(re.findall(r'^\| +\d', text, re.M)) == 90 and 'more rows' not in text
+
+
+def test_what_needs_a_checkout_says_so_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr('vae_robust.cli.root', lambda: tmp_path)
+    monkeypatch.setattr('vae_robust.cli.report', None)
+    done = CliRunner().invoke(app, ['reproduce', '--everything'])
+    assert done.exit_code == 1 and 'clone the repository' in done.output
 
 
 def test_changed_settings_have_a_folder_of_their_own(tmp_path):

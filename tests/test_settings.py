@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from PIL import Image
 
 from vae_robust import settings
+from vae_robust.experiments import comparison
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
                                  kept_table, preset, read_settings, read_table, root, save_csv,
                                  save_figure, save_table, temporary, write)
@@ -90,6 +91,53 @@ def test_figures_and_tables_carry_their_provenance(tmp_path):
     assert said['preset'] == 'p' and said['seed'] == 1
     first = (tmp_path/'t.csv').read_text().splitlines()[0]
     assert json.loads(first.removeprefix('# '))['n'] == 90 and 'commit' in first
+
+
+def drawn(value):
+    fig, ax = plt.subplots(figsize=(1, 1))
+    ax.plot([0, value])
+    return fig
+
+
+def saved(folder, value=1, n=3):
+    "The times of the last change of a figure, a table and its page, drawn or written now, by name."
+    fig = drawn(value)
+    save_figure(fig, 'f', folder, n=n)
+    save_table(pd.DataFrame({'a': [value, 2]}), 't', folder, n=n)
+    plt.close(fig)
+    return {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+
+
+def test_what_is_unchanged_is_not_written_again_whatever_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, 'commit', lambda: '1234567')
+    first = saved(tmp_path)
+    monkeypatch.setattr(settings, 'commit', lambda: '7654321+')
+    assert saved(tmp_path) == first and b'7654321' not in (tmp_path/'t.csv').read_bytes()
+
+
+@pytest.mark.parametrize('change', [{'value': 3}, {'n': 4}])
+def test_what_is_changed_is_written(tmp_path, change):
+    first, second = saved(tmp_path), saved(tmp_path, **change)
+    assert {k: first[k] != second[k] for k in first} == dict.fromkeys(('f.png', 't.csv', 't.md'), True)
+
+
+def test_what_is_damaged_is_written(tmp_path):
+    saved(tmp_path)
+    good = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    for name, data in good.items():
+        (tmp_path/name).write_bytes(data[:len(data)//2] + b'\xff')
+    saved(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == good
+
+
+def test_a_moving_picture_is_compared_frame_by_frame(tmp_path, monkeypatch):
+    frames = [np.full((4, 4), v, np.uint8) for v in (0, 90, 200)]
+    times = []
+    for commit, last in (('a', 200), ('b+', 200), ('b+', 20)):
+        monkeypatch.setattr(settings, 'commit', lambda: commit)
+        comparison.save_gif([*frames[:2], np.full((4, 4), last, np.uint8)], 'g', tmp_path, n=1)
+        times.append((tmp_path/'g.gif').stat().st_mtime_ns)
+    assert times[0] == times[1] != times[2]
 
 
 def test_a_study_takes_any_key_of_an_attack_or_a_model_and_no_other(tmp_path):

@@ -62,6 +62,12 @@ def per_image(name, a, x, rule, fits):
     if not fits(a).all(): raise AttackError(f'{name} must be {rule}, not {a[~fits(a)][0]:g}.')
     return a.to(x) if a.ndim else a.item()
 
+# %% ../nbs/16_attacks.ipynb #8c6c0a44
+def generators(preset, seed):
+    "A generator for each run of an `AttackPreset`, from `seed` on."
+    return [torch.Generator().manual_seed(seed + i)
+            for i in range(preset.restarts*(1 + preset.forced))]
+
 # %% ../nbs/16_attacks.ipynb #5cc37f3b
 def as_radii(preset, eps, x):
     "`eps`, by default that of an `AttackPreset`, `per_image`, in the range that a preset may have."
@@ -82,6 +88,16 @@ def check_models(*models):
             raise AttackError(f'{type(m).__name__} is in training mode, where dropout and '
                               'batch statistics make it another function at each call: call '
                               '.eval().')
+
+# %% ../nbs/16_attacks.ipynb #71050c0f
+PARTS = {'l_vae': 'log_likelihood', 'code': 'encode'}  # objective: what it asks of the model
+
+def check_parts(preset, model, make=None):
+    "Raise `AttackError` if a `model` lacks what the objective of an `AttackPreset` asks of it."
+    part = None if make else PARTS.get(preset.objective)
+    if part and not hasattr(model, part):
+        raise AttackError(f'objective = {preset.objective} needs a model with .{part}, and '
+                          f'{type(model).__name__} has none: take another objective.')
 
 # %% ../nbs/16_attacks.ipynb #28dcf042
 @limit(AttackPreset)
@@ -275,24 +291,24 @@ def in_batches(size, x, *others):
 @without_subnormals()
 def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=True, *,
            judge=None, eps=None, lam=None, make=None, trace=False) -> Attacked:
-    """Attack sources x with targets x_t (None if `preset.goal` is 'away'), (B, C, H, W) in [0, 1] or
-    bytes, by an `AttackPreset`: `Attacked`. `batch` matters by rounding, or if a `stop` waits for it.
+    """Attack sources x with targets x_t (None if `preset.goal` is 'away'), (B, C, H, W) in [0, 1]
+    or bytes, by an `AttackPreset`: `Attacked`. `batch` matters by rounding, or for a `stop`.
 
-    `model`: a `VAE`, or a function from images to what is attacked: a tensor, a distribution, a
-    `Posterior`. `judge`: images (or features) to scores (B, K), where one is needed. `eps`, `lam`:
-    a number or one per image, (B,), instead of the preset's. `make`: your own kind of `OBJECTIVES`.
-    `trace`: keep all values (with the pixel norm), NaN after a stop. Raises `AttackError`."""
+    `model`: a `VAE`, what `adapt` returns, or a function from images to a tensor, a distribution or
+    a `Posterior`. `judge`: images (or features) to scores (B, K), where needed. `eps`, `lam`: a
+    number or one per image, (B,), not the preset's. `make`: your own kind of `OBJECTIVES`. `trace`:
+    keep all values (with the pixel norm), NaN after a stop. Raises `AttackError`."""
     x, x_t = as_pairs(x, x_t)
     model, judge, eps = unwrapped(model), unwrapped(judge), as_radii(preset, eps, x)
     check_models(model, judge, make)
+    check_parts(preset, model, make)
     check_task(preset, x_t, judge, eps)
-    runs, done = preset.restarts*(1 + preset.forced), []
-    noises = [torch.Generator().manual_seed(seed + i) for i in range(runs)]
+    batch, done = 1 if preset.optimiser == 'lbfgs' else batch, []
+    noises = generators(preset, seed)
     look = dict(desc=desc, unit='step', unit_scale=True, disable=not progress, mininterval=1,
-                total=len(x)*(preset.steps + 1)*runs)
+                total=len(x)*(preset.steps + 1)*len(noises))
     with torch.autocast(x.device.type, enabled=False), tqdm(**look) as bar:
         lam, fast = as_weights(model, x, x_t, preset, judge, make, lam), quick(model)
-        batch = 1 if preset.optimiser == 'lbfgs' else batch
         for first, (a, t, e, l) in in_batches(batch, x, x_t, eps, lam):
             plan = planned(preset, fast, a, t, judge, make)
             found = attack_batch(plan, a, preset, noises, e, l, bar.update, first)

@@ -157,7 +157,9 @@ def keep(e, *_):
 # %% ../nbs/A5_explorer.ipynb #697cda26
 def alike(models):
     """The shape of the images of `models`, a dict by name.
-    ValueError unless they share one, and latents."""
+    ValueError unless they share one, and latents, with at most one categorical."""
+    if any(getattr(m, 'categoricals', 1) > 1 for m in models.values()):
+        raise ValueError('The explorer has buttons for one categorical, and a model has more.')
     kinds = {n: (m.n_z, m.n_c, *m.shape) for n, m in models.items()}
     if len(set(kinds.values())) == 1: return next(iter(models.values())).shape
     said = '; '.join(f'{n}: n_z = {k[0]}, n_c = {k[1]}, images {k[2:]}' for n, k in kinds.items())

@@ -48,7 +48,7 @@ def moments(q):
     if isinstance(q, Independent): return moments(q.base_dist)
     if not isinstance(q, Posterior): return (q.loc, q.scale) if isinstance(q, Normal) else (q, 0)
     if q.c is None: return q.z.loc, q.z.scale
-    index = q.c.logits.argmax(-1, keepdim=True)
+    index = q.c.logits.argmax(-1).view(len(q.z.loc), -1)  # a column for each categorical
     return (torch.cat([q.z.loc, index], -1),
             torch.cat([q.z.scale, torch.full_like(index, .05, dtype=q.z.scale.dtype)], -1))
 

@@ -26,14 +26,14 @@ def means(model):
 # %% ../nbs/13_objectives.ipynb #ecaf5b3f
 def logits(model):
     "phi(x) = (mu, unnormalised logits), the thesis's: (B, D + K)."
-    return lambda x: torch.cat(model.encode(x)[::2], -1)
+    return lambda x: torch.cat([a.flatten(1) for a in model.encode(x)[::2]], -1)
 
 # %% ../nbs/13_objectives.ipynb #7cc5f06e
 def log_probs(model):
     "phi(x) = (mu, log q(c|x)): (B, D + K)."
     def phi(x):
         mu, _, l = model.encode(x)
-        return torch.cat([mu, l.log_softmax(-1)], -1)
+        return torch.cat([mu, l.log_softmax(-1).flatten(1)], -1)
     return phi
 
 # %% ../nbs/13_objectives.ipynb #ef65f750
@@ -68,8 +68,8 @@ def as_posterior(found) -> Posterior:
     if isinstance(found, Distribution): return Posterior(found)
     kind = type(found).__name__
     raise AttackError(f'A distribution is needed, and the encoder returned a {kind}: return a'
-                      ' torch.distributions.Normal or a Posterior, '
-                      'or compare features (objective = latent).')
+                      ' torch.distributions.Normal or a Posterior, compare features (objective = '
+                      'latent), or let vae_robust.adapt look at the model.')
 
 # %% ../nbs/13_objectives.ipynb #dd0af0e5
 def posterior(model):
@@ -96,7 +96,7 @@ def reconstruction(model):
     if hasattr(model, 'posterior'): return lambda x: model.decode(codes(model)(x))
     raise AttackError(f'{type(model).__name__} has .decode but no .posterior(x), so nobody knows what '
                       'it decodes: give the function from images to reconstructions, such as '
-                      'lambda x: model.decode(model.encode(x)[0]).')
+                      'lambda x: model.decode(model.encode(x)[0]), or vae_robust.adapt(model, x).')
 
 # %% ../nbs/13_objectives.ipynb #1fb59dcc
 class Softened:
@@ -132,7 +132,7 @@ def divergence(q: Posterior, p: Posterior) -> PerImage:
     "D_KL(q||p) between `Posterior`s in nats, (13.7): (B,)."
     kl_z = kl_divergence(q.z, p.z)
     kl_z = kl_z.reshape(len(kl_z), -1).sum(1)
-    return kl_z if q.c is None else kl_z + (q.c.probs*(q.c.logits - p.c.logits)).sum(-1)
+    return kl_z if q.c is None else kl_z + (q.c.probs*(q.c.logits - p.c.logits)).flatten(1).sum(1)
 
 # %% ../nbs/13_objectives.ipynb #faf63d67
 def reverse(q: Posterior, p: Posterior) -> PerImage:
@@ -149,7 +149,7 @@ def wasserstein(q: Posterior, p: Posterior) -> PerImage:
     """Squared 2-Wasserstein distance between `Posterior`s with diagonal Gaussians, in the space of
     codes, (13.8): (B,)."""
     w = squared(q.z.mean, p.z.mean) + squared(q.z.stddev, p.z.stddev)
-    return w if q.c is None else w + (q.c.probs - p.c.probs).abs().sum(-1)
+    return w if q.c is None else w + (q.c.probs - p.c.probs).abs().flatten(1).sum(1)
 
 # %% ../nbs/13_objectives.ipynb #72c09ca6
 def cross_entropy(scores: Scores, target: Scores) -> PerImage:

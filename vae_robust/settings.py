@@ -503,6 +503,25 @@ def kept_table(path, settings):
         facts, notes, _ = parts_of(path)
         if 'sha256' in notes and line_of(facts) == line_of(settings): return read_table(path)
 
+# %% ../nbs/A1_settings.ipynb #3caaa2cc
+def content(data):
+    "What the bytes of a PNG, a GIF or a text say but for commit and checksum: to be compared."
+    if data[:3] not in (b'\x89PN', b'GIF'):
+        return re.sub(r'"(commit|sha256)": "[^"]*"', '', data.decode())
+    from PIL import Image, ImageSequence  # here: settings are read in many places that draw nothing
+    image = Image.open(io.BytesIO(data))
+    said = image.info.get('Description', '').encode() or image.info.get('comment', b'')
+    frames = [f.convert('RGBA').tobytes() for f in ImageSequence.Iterator(image)]
+    return image.size, frames, content(said)
+
+# %% ../nbs/A1_settings.ipynb #9d2687df
+def renew(path, data):
+    "`write` `data` (str or bytes) to `path`, unless a file with the same `content` is there."
+    data = data.encode() if isinstance(data, str) else data
+    with suppress(OSError, ValueError, SyntaxError):  # none, or a damaged one
+        if content(Path(path).read_bytes()) == content(data): return path
+    return write(path, data)
+
 # %% ../nbs/A1_settings.ipynb #abfe2cd8
 def save_figure(fig, name, folder=None, **facts):
     """Write `fig` to figures/`name`.png with its provenance in the PNG's description;
@@ -510,14 +529,14 @@ def save_figure(fig, name, folder=None, **facts):
     if smoke() and folder is None: return
     said = {'Description': provenance(**facts), 'Software': None}
     fig.savefig(data := io.BytesIO(), dpi=110, bbox_inches='tight', format='png', metadata=said)
-    write(Path(folder or root()/'figures')/f'{name}.png', data.getvalue())
+    renew(Path(folder or root()/'figures')/f'{name}.png', data.getvalue())
 
 # %% ../nbs/A1_settings.ipynb #81c36fba
 def save_csv(table, name, folder=None, **facts):
     """Write a data frame to `name`.csv in `folder` (figures/), its provenance and a checksum in the
     first line after `# `; the data frame."""
     text = table_text(table.infer_objects(), provenance(**facts))
-    write(Path(folder or root()/'figures')/f'{name}.csv', text)
+    renew(Path(folder or root()/'figures')/f'{name}.csv', text)
     return table
 
 # %% ../nbs/A1_settings.ipynb #792620c4
@@ -531,5 +550,5 @@ def save_table(table, name, folder=None, floatfmt='.2f', **facts):
     if smoke() and folder is None: return
     save_csv(table, name, folder, **facts)
     text = markdown(table, floatfmt)
-    write(Path(folder or root()/'figures')/f'{name}.md',
+    renew(Path(folder or root()/'figures')/f'{name}.md',
           f'{text}\n\n<sub>{provenance(**facts)}</sub>\n')

@@ -514,25 +514,62 @@ def leave(path, model, settings, curves, seconds, dtype, device):
         write(path.parent/name, data)
     (path.parent/'checkpoint.pt').unlink(missing_ok=True)
 
+# %% ../nbs/10_training.ipynb #5965c5f8
+def prolonged(path, settings):
+    """The settings, a line of JSON, of a run that goes on from the finished one in `path`: the same
+    but for more steps, with the steps at which it was `extended`. Raises `TrainingError` for others."""
+    if not path.exists(): return settings
+    stored, new = json.loads(read_weights(path)[1] or '{}'), json.loads(settings)
+    ends, done, steps = stored.pop('extended', []), stored.pop('steps', 0), new.pop('steps')
+    if stored != new or done > steps:
+        raise TrainingError(f'{path} cannot be extended to {steps} steps: it has {done}, and only '
+                            f'steps can change ({json.dumps(stored)}).')
+    ends = ends + [done]*(done < steps)
+    return json.dumps(new | {'steps': steps} | ({'extended': ends} if ends else {}), sort_keys=True)
+
+# %% ../nbs/10_training.ipynb #1d1b5379
+def start_from(path, model, settings, data, optimiser, *, seed):
+    """Leave a checkpoint with `settings` beside the finished weights `path`, if those are there, from
+    which `fit` goes on with a new `optimiser`, unless there is one. `data`: their `digest`."""
+    at = path.parent/'checkpoint.pt'
+    if not path.exists() or at.exists(): return
+    load_weights(path, model)
+    done, curves = json.loads(settings)['extended'][-1], read_table(checked(path.parent/'curves.csv'))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed*2**32 + done)
+        each = [dict(random=random_state(), rows=[])]
+    state = optimiser(model.parameters()).state_dict()
+    save_checkpoint(at, model=model.state_dict(), optimiser=state, each=each, step=done,
+                    curves=curves.to_dict('records'), settings=settings, data=data)
+
+# %% ../nbs/10_training.ipynb #ccb1f364
+def finished(path, model, settings, extend=False):
+    """Whether the weights `path` are there, which are then put into `model`. Raises `TrainingError`
+    if they have other `settings`; if one may `extend` them, they are not finished."""
+    if not path.exists() or extend and read_weights(path)[1] != settings: return False
+    load_weights(path, model, settings)
+    (path.parent/'checkpoint.pt').unlink(missing_ok=True)      # of a run killed between the two
+    return True
+
 # %% ../nbs/10_training.ipynb #09826752
-def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='cpu') -> VAE:
+def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='cpu', *,
+          extend=False) -> VAE:
     """The `VAE` of a `ModelPreset` with `seed`, trained on one thread or on another torch
     `device`, in `forward_dtype`, or loaded if `folder` holds it finished; goes on where a killed
-    run was. Leaves weights.safetensors, curves.csv and run.json there. `data`: images, else the
-    preset's training set. Returned on the CPU. Raises what `build`, `usable`, `load_weights` and
-    `fit` raise."""
+    run was, or with `extend` where a finished one with fewer steps was. Leaves weights.safetensors,
+    curves.csv and run.json there. `data`: images, else the preset's training set. Returned on the
+    CPU. Raises what `build`, `usable`, `load_weights` and `fit` raise."""
     began, path = time.time(), Path(folder)/'weights.safetensors'
     model = build(preset, seed=seed).to(usable(device))
     data = None if data is None else trainable(model, data)
     settings = identity(preset, seed, own_images(preset, data))
-    if path.exists():
-        load_weights(path, model, settings)
-        (path.parent/'checkpoint.pt').unlink(missing_ok=True)      # of a run killed between the two
-        return model.cpu().eval()
+    settings = prolonged(path, settings) if extend else settings
+    if finished(path, model, settings, extend): return model.cpu().eval()
     x = fitting(preset, load(preset.data, size=preset.size).x if data is None else data)
     x = x.to(device) if isinstance(x, torch.Tensor) else x
     dtype = forward_dtype(preset.precision, device)
     adam = partial(Adam, lr=preset.lr, weight_decay=preset.weight_decay, fused=True)
+    start_from(path, model, settings, digest(x), adam, seed=seed)
     keep_memory()
     with one_thread(), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
         curves = fit(model, objective(preset), x, preset.steps, preset.batch, adam,

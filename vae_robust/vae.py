@@ -37,8 +37,8 @@ def gaussian_kl(mu, lv, # mean and log variance of q, any shape
 # %% ../nbs/04_vae.ipynb #2795d430
 class Posterior(NamedTuple):
     """q(z, c|x) of a batch: independent Gaussians `z`, shape (B, D), and a categorical `c`,
-    one-hot of shape (B, K), or None.
-    A *code* is z and c side by side, shape (B, D + K): what the decoder reads."""
+    one-hot of shape (B, K), or None. There may be G categoricals of K classes: (B, G, K).
+    A *code* is z and c side by side, shape (B, D + G K): what the decoder reads."""
     z: Normal
     c: OneHotCategorical | None = None
     tau: float = .67
@@ -48,14 +48,14 @@ class Posterior(NamedTuple):
         z = self.z.rsample()
         if self.c is None: return z
         relaxed = RelaxedOneHotCategorical(self.tau, logits=self.c.logits, validate_args=False)
-        return torch.cat([z, relaxed.rsample()], -1)
+        return torch.cat([z, relaxed.rsample().flatten(1)], -1)
     def sample(self) -> Codes:
         "A random code as the model means it: c is exactly one-hot. No gradient."
-        return torch.cat([d.sample() for d in (self.z, self.c) if d is not None], -1)
+        return torch.cat([d.sample().flatten(1) for d in (self.z, self.c) if d is not None], -1)
     @property
     def mode(self) -> Codes:
         "The most likely code: the mean of z and the arg-max of c. Deterministic; for evaluation."
-        return torch.cat([d.mode for d in (self.z, self.c) if d is not None], -1)
+        return torch.cat([d.mode.flatten(1) for d in (self.z, self.c) if d is not None], -1)
 
 # %% ../nbs/04_vae.ipynb #dacd1f72
 def at_the_ends(mu, sigma):
@@ -65,7 +65,7 @@ def at_the_ends(mu, sigma):
 # %% ../nbs/04_vae.ipynb #bb87c56f
 def kl(q: Posterior) -> tuple[PerLatent, PerImage]:
     """KL of a `Posterior` to the prior N(0, I) x uniform, in nats: per latent of z, (B, D),
-    and of c, (B,) (zero without c)."""
+    and of c, (B,) (zero without c; the sum, if there are several)."""
     mu, sigma = q.z.loc, q.z.scale
     ends = at_the_ends(mu, sigma)
     calm = Normal(mu.masked_fill(ends, 0.), sigma.masked_fill(ends, 1.), validate_args=False)
@@ -74,7 +74,7 @@ def kl(q: Posterior) -> tuple[PerLatent, PerImage]:
                        kl_divergence(calm, prior))
     if q.c is None: return kl_z, kl_z.new_zeros(len(kl_z))
     logits = q.c.logits.clamp_min(torch.finfo(q.c.logits.dtype).min)  # 0 times that is 0
-    return kl_z, (q.c.probs*(logits + math.log(logits.shape[-1]))).sum(-1)
+    return kl_z, (q.c.probs*(logits + math.log(logits.shape[-1]))).flatten(1).sum(1)
 
 # %% ../nbs/04_vae.ipynb #42fa239f
 def log_density(q, z):

@@ -17,7 +17,7 @@ from scipy import stats
 from ..data import FACTORS, SCALES, ImageData, least_scale, pixels
 from ..metrics import (METRICS, class_accuracy, dci, encode, entropies, score_all,
                                         mig, mutual_information, sap, udr)
-from ..settings import preset, provenance, read_table, root, save_csv, smoke, write
+from ..settings import preset, provenance, read_table, renew, root, save_csv, smoke
 from ..sweep import collected, sweep
 from ..training import curves_of, hashes, own_images, pretrained, ship, train
 from ..total_correlation import measured_terms
@@ -178,7 +178,7 @@ def save_gif(pictures, name, folder=None, **facts):
               for p in [*pictures, *pictures[-2:0:-1]]]
     shades[0].save(data := io.BytesIO(), 'GIF', save_all=True, append_images=shades[1:],
                    duration=120, loop=0, comment=provenance(**facts).encode())
-    write(Path(folder or root()/'figures')/f'{name}.gif', data.getvalue())
+    renew(Path(folder or root()/'figures')/f'{name}.gif', data.getvalue())
 
 # %% ../../nbs/25_comparison.ipynb #9b79c87f
 def rank_correlations(table):
