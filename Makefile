@@ -33,6 +33,7 @@ lab: $(READY)
 export: $(READY)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/python tools/fold.py
 
 lint: export
 	$(BIN)/ruff check nbs tests tools

@@ -7,7 +7,8 @@ from urllib.parse import unquote
 import nbformat, pytest
 
 import build_site
-from build_site import SiteError, build, chapters, module_of
+from build_site import SiteError, build, chapters, cleaned, module_of, plain
+from fold import is_folded
 from vae_robust.settings import write
 
 MODULES = [m for f in chapters() if (m := module_of(nbformat.read(f, 4)))]
@@ -95,6 +96,17 @@ def test_hidden_cells_and_directives_stay_hidden(site):
     for f in chapters():
         text = re.sub('<[^>]+>', '', (site/f'{f.stem}.html').read_text())
         assert not re.search(r'^#\| ?(export|hide|default_exp)\b', text, re.M), f.name
+
+
+def test_cells_that_only_draw_or_set_up_are_closed(site):
+    for f in chapters():
+        shown = cleaned(nbformat.read(f, 4)).cells
+        folded = [c.source for c in shown if c.cell_type == 'code' and is_folded(c)]
+        page = (site/f'{f.stem}.html').read_text()
+        closed = re.findall(r'<details class="code"><summary>code</summary>(.*?)</details>', page, re.S)
+        words = lambda text: ''.join(text.split())
+        assert [words(plain(text)) for text in closed] == [*map(words, folded)], f.name
+    assert sum('<details class="code">' in p.read_text() for p in site.glob('*.html')) >= 20
 
 
 def test_no_link_is_left_in_markdown(site):

@@ -17,6 +17,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from tqdm.auto import tqdm
 
+from fold import is_folded
 from vae_robust.data import call
 from vae_robust.settings import root, write
 
@@ -146,7 +147,7 @@ def reference(name):
 
 def plain(text):
     "The words of a piece of HTML."
-    text = re.sub(r'<style.*?</style>|<[^>]+>', ' ', text, flags=re.S)
+    text = re.sub(r'<(style|script).*?</\1>|<[^>]+>', ' ', text, flags=re.S)
     return ' '.join(html.unescape(text).replace('¶', '').split())
 
 
@@ -213,8 +214,10 @@ def converted(text, equations, pages):
     "Markdown or a notebook as HTML, with anchors and links."
     def prose(source): return markdown2html(linked(anchored(source), equations, pages))
     def code(c):
-        return highlight(c.source, PythonLexer(),
-                         HtmlFormatter()) + ''.join(map(html_of, c.outputs))
+        shown = highlight(c.source, PythonLexer(), HtmlFormatter())
+        if is_folded(c):
+            shown = f'<details class="code"><summary>code</summary>{shown}</details>'
+        return shown + ''.join(map(html_of, c.outputs))
     if isinstance(text, str): return prose(text)
     return '\n'.join(prose(c.source) if c.cell_type == 'markdown' else code(c) for c in text.cells)
 

@@ -9,7 +9,8 @@ __all__ = ['KINDS', 'USED_BY', 'smoke', 'ModelPreset', 'JudgePreset', 'AttackPre
            'save_table']
 
 # %% ../nbs/A1_settings.ipynb #0870e9a9
-import configparser, difflib, importlib, io, json, os, platform, re, shutil, subprocess, threading
+import base64, configparser, difflib, importlib, io, json, os, platform, re, shutil, subprocess
+import threading
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -552,3 +553,31 @@ def save_table(table, name, folder=None, floatfmt='.2f', **facts):
     text = markdown(table, floatfmt)
     renew(Path(folder or root()/'figures')/f'{name}.md',
           f'{text}\n\n<sub>{provenance(**facts)}</sub>\n')
+
+# %% ../nbs/A1_settings.ipynb #cf048a5c
+SLIDER = """<figure class="moving"><img alt="{name}" src="{first}"><br>
+<label>{name} <input type="range" min="0" max="{last}" value="{at}"> <output>{label}</output></label>
+<script>(box => {{
+  const frames = {frames}, find = tag => box.querySelector(tag);
+  find('input').oninput = e => {{
+    [find('output').textContent, find('img').src] = frames[e.target.value];
+  }};
+}})(document.currentScript.parentElement)</script></figure>"""
+
+# %% ../nbs/A1_settings.ipynb #157b1337
+def frame(fig):
+    "A matplotlib figure as a small PNG, in the form of an address that holds all of it."
+    from PIL import Image  # here, since settings alone draw nothing
+    fig.savefig(data := io.BytesIO(), dpi=80, bbox_inches='tight', format='png')
+    Image.open(data).convert('RGB').quantize(48).save(small := io.BytesIO(), 'PNG', optimize=True)
+    return 'data:image/png;base64,' + base64.b64encode(small.getvalue()).decode()
+
+# %% ../nbs/A1_settings.ipynb #bd8d38f0
+def moving(figures, name):
+    """A slider called `name` over `figures`, label -> matplotlib figure, as HTML for a notebook or a
+    page; it needs no kernel, and shows the middle figure first."""
+    from IPython.display import HTML  # here: the command line needs no notebook
+    frames = [[label, frame(fig)] for label, fig in figures.items()]
+    label, first = frames[len(frames)//2]
+    return HTML(SLIDER.format(name=name, first=first, at=len(frames)//2, last=len(frames) - 1,
+                              label=label, frames=json.dumps(frames)))
