@@ -7,16 +7,20 @@ __version__ = "0.1.0"
 NAMES = {  # name: the module that defines it, imported when the name is first asked for
     'AttackPlayground': 'play',
     'LatentExplorer': 'explorer',
+    'adapt': 'yours',
     'attack': 'attacks',
     'diagnose': 'diagnosis',
     'evaluate': 'robustness',
+    'images': 'data',
     'load': 'data',
+    'load_model': 'yours',
     'pixels': 'data',
     'posterior': 'objectives',
     'preset': 'settings',
     'pretrained': 'training',
     'pretrained_judge': 'judges',
     'rates': 'robustness',
+    'save_model': 'yours',
     'train': 'training',
 }
 __all__ = [*NAMES]

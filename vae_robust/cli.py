@@ -10,8 +10,7 @@ import difflib, os, subprocess, sys
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
-import typer
-from . import __version__
+import typer, vae_robust
 from .settings import KINDS, SettingsError, Study, read_settings, root, settings_file
 from .settings import preset as read_preset
 
@@ -24,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 def show_version(asked):
     "Print the version and end, if that was asked for."
     if not asked: return
-    print(f'vae_robust {__version__}')
+    print(f'vae_robust {vae_robust.__version__}')
     raise typer.Exit()
 
 # %% ../nbs/A7_cli.ipynb #d4cb0419

@@ -943,7 +943,7 @@ def rows_of(n, part):
                     'test.')
 
 # %% ../nbs/01_data.ipynb #1b54d940
-def middle(x, size):
+def cropped(x, size):
     """Images x, uint8 (N, C, H, W), as `size` x `size`: the largest square in the middle, resized
     as `resize` does; as they are if `size` is None."""
     if size is None: return x
@@ -990,7 +990,7 @@ def form_of(files, size, channels):
     def picture(file):
         a = np.asarray(opened(file, {1: 'L', 3: 'RGB'}[C])).copy()
         x = torch.from_numpy(a).view(1, *a.shape[:2], C).permute(0, 3, 1, 2)
-        return middle(x, size)[0].numpy()
+        return cropped(x, size)[0].numpy()
     return Form(shape, picture)
 
 # %% ../nbs/01_data.ipynb #f1d8ecd5
@@ -1065,7 +1065,7 @@ def from_arrays(source, part, size, channels):
     if not (pair or isinstance(x, (np.ndarray, torch.Tensor))): return None
     x, y = as_bytes_first(x), labels_of(y, len(x))
     rows = rows_of(len(x), part)
-    return ImageData(middle(coloured(x[rows], channels), size), y[rows])
+    return ImageData(cropped(coloured(x[rows], channels), size), y[rows])
 
 # %% ../nbs/01_data.ipynb #961ee440
 def as_bytes_first(x):
@@ -1119,7 +1119,7 @@ def image_and_label(item, size, channels):
         x = a.reshape(1, *a.shape[:2], -1)
     elif x is not None:
         x = as_tensor(x)[None]
-    return middle(coloured(as_bytes_first(x), channels), size)[0], y
+    return cropped(coloured(as_bytes_first(x), channels), size)[0], y
 
 # %% ../nbs/01_data.ipynb #27499b7a
 READERS = from_folder, from_file, from_dict, from_arrays, from_items

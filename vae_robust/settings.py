@@ -212,9 +212,11 @@ def read_settings(file=None):
 
 # %% ../nbs/A1_settings.ipynb #62f578e3
 def near(word, words):
-    "`'; did you mean ...?'` if one of `words` resembles `word`, else a list of them."
+    "What to say instead of `word`: the one of `words` that resembles it, or all if they are few."
     close = difflib.get_close_matches(word, words, 1)
-    return f'did you mean {close[0]!r}?' if close else f'there are {", ".join(sorted(words))}.'
+    if close: return f'did you mean {close[0]!r}?'
+    if len(words) > 25: return f'none of the {len(words)} that there are resembles it.'
+    return f'there are {", ".join(sorted(words))}.'
 
 # %% ../nbs/A1_settings.ipynb #9af62803
 def section(name, sections, file='settings.ini', seen=()):

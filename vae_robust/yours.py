@@ -595,7 +595,7 @@ def load_model(path):
     model.load_state_dict(kept)
     return model.eval()
 
-# %% ../nbs/28_yours.ipynb #cb458cae
+# %% ../nbs/28_yours.ipynb #89830116
 HEAD = """---
 library_name: vae_robust
 tags: [variational-autoencoder, adversarial-robustness, {objective}]
@@ -605,8 +605,8 @@ tags: [variational-autoencoder, adversarial-robustness, {objective}]
 A variational autoencoder of images {channels} x {size} x {size}, with {n_z} Gaussian latents{code}.
 
 ```python
-from vae_robust import load_model
-model = load_model('{name}')    # this folder
+import vae_robust
+model = vae_robust.load_model('{name}')    # this folder
 ```
 """
 
