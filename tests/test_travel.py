@@ -61,7 +61,7 @@ def test_damage_and_strangers_are_told(tmp_path):
     with pytest.raises(TrainingError, match='damaged'):
         load_model(tmp_path)
     save_file({'a': torch.zeros(2)}, tmp_path/'other.safetensors')
-    with pytest.raises(TrainingError, match='no model of this package: adapt takes those of others'):
+    with pytest.raises(TrainingError, match='no model of this package: adapt takes those'):
         load_model(tmp_path/'other.safetensors')
     save_file({'a': torch.zeros(2)}, tmp_path/'wrong.safetensors', {'settings': read_weights(
         shipped('mnist/entangled'))[1]})
@@ -116,7 +116,7 @@ def test_a_killed_extension_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(training, 'advance', dies)
         train(longer(10), tmp_path/'killed', progress=False, extend=True, every=1)
-    assert load_model(tmp_path/'killed')                          # the old run is whole until the end
+    assert load_model(tmp_path/'killed')              # the old run is whole until the end
     train(longer(10), tmp_path/'killed', progress=False, extend=True)
     assert bytes_in(tmp_path/'killed') == bytes_in(tmp_path/'whole')
 
@@ -164,7 +164,8 @@ class Hub(BaseHTTPRequestHandler):
         siblings = [{'rfilename': f} for f in self.files]
         entries = [{'type': 'file', 'path': f, 'size': len(d), 'oid': sha256(d).hexdigest()[:40]}
                    for f, d in self.files.items()]
-        facts = {'id': 'me/mine', '_id': '1', 'sha': self.sha, 'siblings': siblings, 'private': False}
+        facts = {'id': 'me/mine', '_id': '1', 'sha': self.sha, 'siblings': siblings,
+                 'private': False}
         self.answer(entries if '/tree/' in self.path else facts, Content_Type='application/json')
     do_HEAD = do_GET
 

@@ -8,27 +8,11 @@ decides for itself."""
 __all__ = []
 
 # %% ../../nbs/26_verdict.ipynb #bce4b6c2
-import numpy as np, pandas as pd
-from .tables import rates_by_seed
 from ..objectives import norm, objective_of
 from ..optimisers import value_and_gradient
-from ..statistics import t_interval
 
 # %% ../../nbs/26_verdict.ipynb #7715acb3
 def slopes(model, x, x_t, preset):
     """Norms of the gradient (26.1) of the objective of an `AttackPreset` at sources x with
     targets x_t: (B,), in units of the objective per grey value."""
     return norm(value_and_gradient(objective_of(preset, model, x, x_t), x)[1])
-
-# %% ../../nbs/26_verdict.ipynb #bb3736f1
-def bands(table, axis, ax, k='missed', colours={}):
-    """Draw the rate of each model against the values of a study's `axis`: the mean over seeds
-    with its 95 % interval as a band, and each seed as a point."""
-    for m, t in table.groupby('model', sort=False):
-        r = pd.concat([rates_by_seed(g, k).assign(at=v) for v, g in t.groupby(axis)])
-        ranges = {v: np.clip(t_interval(g.rate), 0, 100) for v, g in r.groupby('at')}
-        line = pd.DataFrame(ranges, ['mean', 'low', 'high']).T
-        ax.plot(line['mean'], '-', color=colours.get(m), label=m)
-        ax.fill_between(line.index, line.low, line.high, color=colours.get(m), alpha=.12, lw=0)
-        ax.plot(r['at'], r.rate, '.', ms=4, color=colours.get(m))
-    ax.set(ylim=(0, 100), xlabel=axis, ylabel='AS ignore-target, %')
