@@ -211,9 +211,9 @@ def test_unusable_images_get_one_sentence(x, x_t, words):
     (lambda x: x.detach().flatten(1), {}, {}, 'has no gradient'),
 ])
 def test_what_cannot_work_gets_one_sentence(model, keys, kw, words):
+    p = preset('attack.strong', steps=2).model_copy(update=keys)  # not read from the settings
     with pytest.raises(AttackError, match=words) as e:
-        attack(model, images(3, 0), images(3, 1), preset('attack.strong', steps=2, **keys),
-               progress=False, **kw)
+        attack(model, images(3, 0), images(3, 1), p, progress=False, **kw)
     assert '\n' not in str(e.value)
 
 
