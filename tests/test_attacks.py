@@ -842,7 +842,8 @@ def test_the_square_attack_finds_the_corner_of_a_one_pixel_image_and_refuses_the
     assert abs(attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', steps=20),
                       progress=False).x.item() - .6) < 1e-6
     with pytest.raises(AttackError, match='square attack'):
-        attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', ball='l2'), progress=False)
+        attack(lambda x: x.flatten(1), x, x_t,
+               preset('attack.square').model_copy(update={'ball': 'l2'}), progress=False)
 
 
 # ---------------------------------------------------------------- what users met
