@@ -211,9 +211,9 @@ def test_unusable_images_get_one_sentence(x, x_t, words):
     (lambda x: x.detach().flatten(1), {}, {}, 'has no gradient'),
 ])
 def test_what_cannot_work_gets_one_sentence(model, keys, kw, words):
+    p = preset('attack.strong', steps=2).model_copy(update=keys)  # not read from the settings
     with pytest.raises(AttackError, match=words) as e:
-        attack(model, images(3, 0), images(3, 1), preset('attack.strong', steps=2, **keys),
-               progress=False, **kw)
+        attack(model, images(3, 0), images(3, 1), p, progress=False, **kw)
     assert '\n' not in str(e.value)
 
 
@@ -842,7 +842,8 @@ def test_the_square_attack_finds_the_corner_of_a_one_pixel_image_and_refuses_the
     assert abs(attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', steps=20),
                       progress=False).x.item() - .6) < 1e-6
     with pytest.raises(AttackError, match='square attack'):
-        attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', ball='l2'), progress=False)
+        attack(lambda x: x.flatten(1), x, x_t,
+               preset('attack.square').model_copy(update={'ball': 'l2'}), progress=False)
 
 
 # ---------------------------------------------------------------- what users met

@@ -16,7 +16,7 @@ KINDS = 22
 def test_a_damaged_file_is_refused_in_one_sentence_or_changes_nothing():
     found = fuzz(DRAWS)
     assert len(found) == KINDS and {sum(said.values()) for said in found.values()} == {DRAWS}
-    assert not {k: n for k, said in found.items() if (n := {w: said[w] for w in said if w.isupper()})}
+    assert not {kind: said for kind, said in found.items() if any(word.isupper() for word in said)}
     assert not [kind for kind, said in found.items() if said == {'same': DRAWS}
                 and kind not in ('cache', 'note of a cache', 'clock')]  # they are made again
 

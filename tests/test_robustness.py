@@ -219,7 +219,8 @@ def test_an_attack_weighs_the_norm_by_pair_if_it_is_relative(model, digits):
     assert not torch.equal(weighed.x, attack(model, x, x_t, p, progress=False).x)
     assert weighed.nans.sum() == 0
     with pytest.raises(AttackError, match='relative = true weighs against a target'):
-        attack(model, x, None, preset('attack.damage', relative=True), progress=False)
+        away = preset('attack.damage').model_copy(update={'relative': True})
+        attack(model, x, None, away, progress=False)
 
 
 @pytest.mark.parametrize('network', JUDGE_NETWORKS)

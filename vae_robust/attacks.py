@@ -89,6 +89,17 @@ def check_models(*models):
                               'batch statistics make it another function at each call: call '
                               '.eval().')
 
+# %% ../nbs/16_attacks.ipynb #2ecb40b9
+@limit(AttackPreset)
+def away_can_begin(p):
+    "ValueError if an `AttackPreset` without a target needs one, or begins where there is no slope."
+    if p.goal == 'target': return
+    if not p.noise:
+        raise ValueError('goal = away needs noise > 0: at the source itself the distance is least '
+                         'and has no gradient')
+    if p.relative:
+        raise ValueError('relative = true weighs against a target, and goal = away has none')
+
 # %% ../nbs/16_attacks.ipynb #71050c0f
 PARTS = {'l_vae': 'log_likelihood', 'code': 'encode'}  # objective: what it asks of the model
 
@@ -100,15 +111,6 @@ def check_parts(preset, model, make=None):
                           f'{type(model).__name__} has none: take another objective.')
 
 # %% ../nbs/16_attacks.ipynb #28dcf042
-@limit(AttackPreset)
-def away_can_begin(p):
-    "ValueError if an `AttackPreset` flees from a place where nothing pushes it, or weighs against nothing."
-    if p.goal == 'target': return
-    if not p.noise:
-        raise ValueError('goal = away needs noise > 0: at the source itself the distance is least and '
-                         'has no gradient')
-    if p.relative: raise ValueError('relative = true weighs against a target, and goal = away has none')
-
 def check_task(preset, x_t, judge, eps):
     "Raise `AttackError` if an `AttackPreset` lacks what it needs."
     if torch.is_inference_mode_enabled():
@@ -342,6 +344,7 @@ def bisect(run, criterion, fails: PerImage, holds: PerImage, halvings=8) -> tupl
 def smallest_radius(model, x, x_t, preset, criterion, halvings=8, **kw) -> Smallest:
     """`Smallest` radius up to `preset.eps` at which the attack makes `criterion(images)` hold.
     Keywords as in `attack`."""
+    x, x_t = as_pairs(x, x_t)
     run = lambda eps: attack(model, x, x_t, preset, eps=eps, progress=False, **kw).x
     nothing, all_of_it = x.new_zeros(len(x)), x.new_full((len(x),), preset.eps)
     xs, radius = bisect(run, criterion, nothing, all_of_it, halvings)
@@ -351,6 +354,7 @@ def smallest_radius(model, x, x_t, preset, criterion, halvings=8, **kw) -> Small
 def smallest_norm(model, x, x_t, preset, criterion, halvings=8, **kw) -> Smallest:
     """`Smallest` Euclidean norm as (13.1) finds it: by the largest `lam` <= `preset.lam` at which
     `criterion(images)` holds."""
+    x, x_t = as_pairs(x, x_t)
     run = lambda lam: attack(model, x, x_t, preset, lam=lam, progress=False, **kw).x
     dearest, free_of_charge = x.new_full((len(x),), preset.lam), x.new_zeros(len(x))
     xs, lam = bisect(run, criterion, dearest, free_of_charge, halvings)

@@ -1183,12 +1183,12 @@ def load(name, part='train', size=None):
 # %% ../nbs/01_data.ipynb #9783b80b
 @limit(ModelPreset)
 def channels_fit(p):
-    "ValueError if a `ModelPreset` has other channels than the images of the data set that it names."
+    "ValueError if a `ModelPreset` has other channels than the images of its data set."
     kind = p.data.partition(':')[0]
     n = 3 if kind in COLOURFUL else 1
     if kind in (*LOADERS, 'faces') and p.channels != n:
-        raise ValueError(f'the images of data = {p.data} have channels = {n}, not {p.channels}: set '
-                         'that, or give images of your own another name than data has')
+        raise ValueError(f'the images of data = {p.data} have channels = {n}, not {p.channels}: '
+                         'set that, or give images of your own another name')
 
 # %% ../nbs/01_data.ipynb #d15c0108
 IMAGES = {'mnist': 60_000, 'fashion': 60_000, 'digits': 1_500, 'dsprites': 737_280,

@@ -100,13 +100,13 @@ def judge_optimiser(preset):
 
 # %% ../nbs/18_judges.ipynb #ad28cf0e
 def learnable(preset):
-    "Images and classes for a `JudgePreset`; `SettingsError` if no judge of this chapter can learn them."
+    "Images and classes for a `JudgePreset`; `SettingsError` if no judge here can learn them."
     x, y = load(preset.data)
     if tuple(x.shape[1:]) == (1, 32, 32) and y.ndim == 1 and y.max() < 10: return x, y
     kind = ' x '.join(map(str, x.shape[1:]))
-    raise SettingsError(f'data = {preset.data}: these judges see images of 1 x 32 x 32 with one of ten '
-                        f'classes, not {kind} with labels {tuple(y.shape)}: take mnist, fashion or '
-                        'digits.')
+    raise SettingsError(f'data = {preset.data}: these judges see images of 1 x 32 x 32 with one of '
+                        f'ten classes, not {kind} with labels {tuple(y.shape)}: take mnist, fashion '
+                        'or digits.')
 
 # %% ../nbs/18_judges.ipynb #511faf40
 def train_judge(preset, folder, seed=0, progress=True) -> nn.Module:
@@ -140,8 +140,8 @@ def pretrained_judge(name, seed=0, source=WEIGHTS) -> nn.Module:
 # %% ../nbs/18_judges.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000) -> Classes:
     """The classes (B,) that the judge sees in images x, (B, ...), floats as they are, and whatever
-    else `as_images` takes as grey values; in eval mode. With `dropout` its dropout is on, and nothing
-    else, as the thesis's programs had it. The judge is left in the mode that it was in."""
+    else `as_images` takes as grey values; in eval mode. With `dropout` its dropout is on, and
+    nothing else, as the thesis's programs had it. The judge is left in the mode that it was in."""
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         x = pixels(as_images(x, who='The images to judge'))
     with torch.no_grad(), evaluating(judge):

@@ -250,8 +250,9 @@ def for_judges_of_images(preset):
     "An `AttackPreset` as it is; `AttackError` if its objective shows a judge anything but images."
     shown = NEEDS_JUDGE.get(preset.objective, 'images')
     if shown == 'images': return preset
-    raise AttackError(f'objective = {preset.objective} shows its judge {shown}, and the judges here see '
-                      'images: choose objective = judge, or call attack(..., judge=...) with one of such.')
+    raise AttackError(f'objective = {preset.objective} shows its judge {shown}, and the judges here '
+                      'see images: choose objective = judge, or call attack(..., judge=...) with '
+                      'one of such.')
 
 # %% ../nbs/13_objectives.ipynb #e1a55d64
 def objective_of(preset, model, x, x_t, judge=None, make=None):

@@ -271,7 +271,7 @@ def start(p, *_):
 
 # %% ../nbs/A6_play.ipynb #a419cd90
 def tried(models, judges, x):
-    "`AttackError` unless each of `models` rebuilds images x (1, C, H, W), which each judge can see."
+    "`AttackError` unless each of `models` rebuilds images x, (1, C, H, W), and each judge sees them."
     for kind, named in (('model', models), ('judge', judges)):
         for name, f in named.items():
             try:
@@ -291,7 +291,7 @@ def tried(models, judges, x):
 # %% ../nbs/A6_play.ipynb #922a8d91
 def playable(models, judges, data):
     """Models and judges, dicts by name, and an `ImageData`, as the playground takes them:
-    modules as `unwrapped`, images as in `as_images`. `AttackError` for what cannot be played with."""
+    modules as `unwrapped`, images as in `as_images`. Raises `AttackError` for anything else."""
     models, judges = ({n: unwrapped(m) for n, m in named.items()} for named in (models, judges))
     check_models(*models.values(), *judges.values())
     x, y = as_images(data, error=AttackError), torch.as_tensor(data.y)
@@ -322,7 +322,7 @@ class AttackPlayground:
     `ImageData`; `base`: the attack of settings.ini whose optimiser and features are used; `pair`:
     source class, target class, and which images of them. `.box` is what to display, `.image` the
     picture, a PNG; `.thread` runs the attack; `.outcome`: for each model the class that the judge
-    sees in the reconstruction before and after. Raises `AttackError` for what cannot be played with."""
+    sees in the reconstruction before and after. `AttackError` for what cannot be played with."""
     def __init__(self, models, judges, data, base='attack.strong', pair=(3, 8, 2)):
         self.models, self.judges, self.data = playable(models, judges, data)
         self.base, self.sliders, self.evaluated = base, sliders(pair), 0

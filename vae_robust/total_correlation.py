@@ -110,14 +110,13 @@ def tc_vae(model, x, step=0, *, beta, n_data) -> Terms:
 def tc_can_be_estimated(p):
     "ValueError if a `ModelPreset` asks for `tc_vae` of a batch, or a data set, that cannot be."
     if p.objective != 'tc': return
-    if p.batch < 2: raise ValueError('objective = tc compares codes of one batch: set batch to at least 2')
-    if p.batch > p.n_data:
-        raise ValueError(f'objective = tc draws batch = {p.batch} from n_data = {p.n_data} images: batch '
-                         'can be at most n_data')
+    if not 2 <= p.batch <= p.n_data:
+        raise ValueError(f'objective = tc compares codes of one batch, drawn from n_data = {p.n_data} '
+                         f'images: batch must be at least 2 and at most n_data, not {p.batch}')
     there = IMAGES.get(p.data, p.n_data)
     if p.n_data > there or p.n_data != there and 'n_data' not in p.model_fields_set:
-        raise ValueError(f'n_data = {p.n_data}, but there are {there} images in data = {p.data}: set '
-                         f'n_data = {there}, or give images of your own another name')
+        raise ValueError(f'n_data = {p.n_data}, but there are {there} images in data = {p.data}: '
+                         f'set n_data = {there}, or give images of your own another name')
 
 # %% ../nbs/08_total_correlation.ipynb #2f1c72e7
 def discriminator(n_z, width=128, depth=3):
@@ -168,4 +167,5 @@ def factor_vae(model, x, step=0, *, gamma):
 def halves_can_be_permuted(p):
     "ValueError if a `ModelPreset` asks for `factor_vae` on batches without two codes in each half."
     if p.objective == 'factor' and p.batch < 4:
-        raise ValueError('objective = factor permutes the codes of half a batch: set batch to at least 4')
+        raise ValueError('objective = factor permutes the codes of half a batch: set batch to at '
+                         'least 4')
