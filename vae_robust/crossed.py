@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm as normal
 from scipy.stats import t as student
-from .statistics import bootstrap_weights, interval
+from .statistics import bootstrap_weights
 
 # %% ../nbs/20_crossed.ipynb #f719cc62
 def pair_weights(images, classes, n, rng):

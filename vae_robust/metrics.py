@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'DisentanglementError', 'Code', 'code', 'Score', 'mutual_i
            'class_accuracy', 'udr', 'encode', 'score_all']
 
 # %% ../nbs/11_metrics.ipynb #4a90d866
-from functools import partial, wraps
+from functools import WRAPPER_ASSIGNMENTS, partial
 from math import log
 from typing import NamedTuple
 import numpy as np
@@ -156,7 +156,6 @@ def metric(
     or the NamedTuple with a `Score` for each number.
     `represent` and `factors` as in `code` and `table`;
     the error is taken over `halves` random halves of the table. Equal seeds, equal scores."""
-    @wraps(f)
     def score(represent, factors, *, seed=0, halves=10, **settings):
         q, v = checked(represent, factors, settings.get('bins', 20))
         rng = np.random.default_rng(seed)
@@ -166,7 +165,8 @@ def metric(
         if isinstance(value, tuple):
             return type(value)(*map(Score, value, np.broadcast_to(error, len(value)).tolist()))
         return Score(float(value), float(error))
-    del score.__wrapped__  # or help() would show the arguments of f
+    for name in WRAPPER_ASSIGNMENTS:  # by `wraps` help() would show the arguments of f
+        setattr(score, name, getattr(f, name))
     return score
 
 # %% ../nbs/11_metrics.ipynb #42726e19

@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'WEIGHTS', 'TrainingError', 'save_weights', 'load_weights',
            'ship', 'shipped', 'pretrained', 'publish_curves']
 
 # %% ../nbs/10_training.ipynb #f79a238d
-import ctypes, inspect, io, json, math, os, platform, signal, threading, time, zipfile
+import ctypes, inspect, io, json, math, platform, signal, threading, time, zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import partial

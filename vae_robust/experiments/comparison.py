@@ -19,7 +19,7 @@ from ..metrics import (METRICS, class_accuracy, dci, encode, entropies, score_al
                                         mig, mutual_information, sap, udr)
 from ..settings import preset, provenance, read_table, renew, root, save_csv, smoke
 from ..sweep import collected, sweep
-from ..training import curves_of, hashes, own_images, pretrained, ship, train
+from ..training import curves_of, hashes, own_images, pretrained, train
 from ..total_correlation import measured_terms
 from ..traversals import grid, kl_per_latent, traversal
 from ..vae import kl
@@ -222,10 +222,3 @@ def compare(runs=None, seeds=None, folder=None, jobs=1):
     runs = Path(runs or root()/'runs')
     sweep(cells(seeds), partial(compute, runs=runs), runs/'comparison', jobs=jobs)
     return publish(runs, folder, seeds)
-
-# %% ../../nbs/25_comparison.ipynb #72dadf61
-def ship_best(runs=None):
-    "Put the weights of the `best` models, from the folder `runs`, into the package."
-    for name, seed in best(read_table(root()/'figures'/'comparison.csv')).items():
-        ship(Path(runs or root()/'runs')/'train.full'/f'dsprites.{name}'/f'seed{seed}',
-             f'dsprites/{name}', seed)

@@ -8,7 +8,6 @@ __all__ = ['portrait_of', 'publish_tables', 'report']
 # %% ../../nbs/23_digits.ipynb #d7565de9
 import math
 from importlib.resources import files
-from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from ..attacks import attack
 from ..data import load, pixels
@@ -17,7 +16,7 @@ from ..judges import judged
 from ..optimisers import without_subnormals
 from ..robustness import counts, pairs, rates, reconstruct
 from ..statistics import mean_rate, t_interval
-from ..settings import preset, read_table, root, save_csv, save_figure, save_table
+from ..settings import preset, save_csv, save_figure, save_table
 from ..studies import (ask, last, looks_of, models_of, prepare, restore, table_of,
                                 trials)
 from ..training import one_thread

@@ -17,15 +17,13 @@ from ..attacks import attack
 from ..objectives import features, norm, posterior, reconstruction, symmetric, toward
 from ..data import attributes, cartoons, digest, load, pixels
 from .digits import adversarial_grid
-from ..metrics import dci, encode, mig
 from ..judges import Classified, normed
-from ..robustness import auddc, distortions, reconstruct
+from ..robustness import reconstruct
 from ..statistics import welch
 from ..settings import preset, root, save_figure, save_table, smoke
-from ..studies import Cell, Makers, ask, cells_of, models_of, prepare, restore, table_of
+from ..studies import Makers, ask, cells_of, models_of, prepare, restore, table_of
 from ..training import (cosine, dead, fit, identity, keep_memory,
                                  leave, load_weights, one_thread, train)
-from ..traversals import kl_per_latent, show_grid, traversal
 
 # %% ../../nbs/24_faces.ipynb #bfb8998a
 def face_images(name, part):
@@ -52,22 +50,6 @@ def face_models(job, runs):
     prepare(job, runs, makers, judged=False, progress=False, jobs=1 if smoke() else -1)
     return {(w.name, w.seed): restore(w, runs, makers) for _, w in models_of(job, runs, makers)}
 
-# %% ../../nbs/24_faces.ipynb #586b240e
-def code_report(model, data, test, n=2000):
-    """What a model is like on the first `n` images of `test`: dict of error (24.1), kl_z, kl_c in
-    nats and the number of active latents (more than 0.1 nats); for cartoons, whose factors are
-    known, also MIG and DCI disentanglement."""
-    x = pixels(test.x[:n])
-    with torch.no_grad(), one_thread():
-        kl_z, kl_c = kl_per_latent(model, x)
-        error = .5*norm(x - reconstruct(model, x)).square().mean()
-        found = {'error': error.item(), 'kl_z': kl_z.sum().item(), 'kl_c': kl_c,
-                 'active': int((kl_z > .1).sum())}
-    if data != 'cartoons': return found
-    codes, factors = encode(model.posterior, x), test.y[:n]
-    return found | {'MIG': mig(codes, factors, halves=0).value,
-                    'DCI': dci(codes, factors, halves=0).disentanglement.value}
-
 # %% ../../nbs/24_faces.ipynb #d0ad6750
 def living(job, runs):
     "The `face_models` of a `Study` that are not `dead`; ValueError if none is left."
@@ -76,14 +58,6 @@ def living(job, runs):
     if found: return found
     raise ValueError(f'all trainings of {", ".join(job.models)} are dead: lower lr, or raise '
                      f'steps, in [{job.train}]')
-
-# %% ../../nbs/24_faces.ipynb #eae20cb9
-def strongest(model, x, x_one, rows=8, n=9):
-    """Decoded images of the code of `x_one` (1, ...) with one latent moved from -3 to 3, for the
-    `rows` latents with the largest KL on images x: (rows, n, ...)."""
-    kl_z, _ = kl_per_latent(model, x)
-    most, values = kl_z.argsort(descending=True)[:rows], torch.linspace(-3, 3, n)
-    return torch.stack([traversal(model, x_one, j, values) for j in most.tolist()])
 
 # %% ../../nbs/24_faces.ipynb #f8e917af
 def attribute_judge(n):
@@ -246,44 +220,6 @@ def differences_by_attack(seeds, measure, a='disentangled', b='entangled'):
             if min(len(u), len(v)) < 2: continue
             rows[name] |= dict(zip(('difference', 'low', 'high', 'p'), welch(u, v)))
     return pd.DataFrame(rows).T
-
-# %% ../../nbs/24_faces.ipynb #72d0d714
-def attack_bars(seeds, measure, ax, label):
-    """Draw `measure` of a table `shares_by_seed` for each attack and model: the mean over seeds,
-    and each seed as a point."""
-    attacks, kinds = [*seeds.attack.unique()], [*seeds.model.unique()]
-    for i, m in enumerate(kinds):
-        g, shift = seeds[seeds.model == m], .38*(i - (len(kinds) - 1)/2)
-        at = lambda names: np.array([attacks.index(n) for n in names]) + shift
-        mean = g.groupby('attack', sort=False)[measure].mean()
-        ax.barh(at(mean.index), mean, .36, color=f'C{i}', alpha=.6, label=m)
-        ax.plot(g[measure], at(g.attack), 'k.', ms=3)
-    ax.set(yticks=range(len(attacks)), yticklabels=attacks, xlabel=label)
-    ax.invert_yaxis()
-
-# %% ../../nbs/24_faces.ipynb #62a713ad
-def face_area_of(cell, runs):
-    "`auddc` of each pair of a cell whose options are `radii` and the number `n` of pairs."
-    test = images(cell.model.preset.data, 'test').x
-    model = restore(cell.model, runs, Makers(train_faces))
-    x, x_t = pixels(test[face_pairs(cell.options['n'], len(test))])
-    def point(eps):
-        xs = attacked_faces(model, None, cell.attack.model_copy(update={'eps': eps}), x, x_t)
-        return torch.stack(distortions(model, x, x_t, xs))
-    curves = torch.stack([point(e) for e in cell.options['radii']]).permute(2, 1, 0)
-    return pd.DataFrame({'auddc': [auddc(*uv) for uv in curves.numpy()]})
-
-# %% ../../nbs/24_faces.ipynb #ccd696dc
-def face_areas(job, runs, radii=(.05, .1, .2), n=10, kind='attack.strong'):
-    """Mean `auddc` over `n` pairs of every model and seed of a `Study` under the attack `kind`
-    with each of `radii` for eps: model, seed, attack, auddc. Resumes in `runs`."""
-    lives, x = living(job, runs), digest(images(preset(job.models[0]).data, 'test').x)
-    options, name = {'radii': radii, 'n': n}, {'attack': kind.split('.')[1]}
-    cell = lambda w: Cell('area of faces', w, {}, preset(kind), options, x)
-    asked = [(labels | name, cell(w)) for labels, w in models_of(job, runs, Makers(train_faces))
-             if (w.name, w.seed) in lives]
-    answers = ask(asked, face_area_of, runs, jobs=1)
-    return pd.DataFrame([labels | {'auddc': t.auddc.mean()} for labels, t in answers])
 
 # %% ../../nbs/24_faces.ipynb #e0f5bfda
 def report_faces(job, runs=None, folder=None):
