@@ -34,7 +34,11 @@ def switched_off(source):
     return either + inside
 
 
-@pytest.mark.parametrize('chapter', ['01', '02', '03', '04', '05', '06', '07', '08', '12'])
+NOT_YET = ['10', '16', '18', '21']  # some of their assertions need what a smoke run has not
+CHAPTERS = [f'{n:02}' for n in range(1, 23) if f'{n:02}' not in NOT_YET]
+
+
+@pytest.mark.parametrize('chapter', CHAPTERS)
 def test_a_smoke_run_leaves_no_assertion_out(chapter):
     assert [source for source in cells(chapter) if switched_off(source)] == []
 

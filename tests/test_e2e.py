@@ -3,7 +3,7 @@ Screenshots and latencies are kept in runs/e2e."""
 import json, os, shutil, socket, statistics, subprocess, sys, time, urllib.request
 from pathlib import Path
 
-import pytest
+import nbformat, pytest
 
 from build_site import SiteError, build
 
@@ -28,6 +28,18 @@ def browser():
         b.close()
 
 
+def small_notebook():
+    "A notebook whose one output is three pictures behind a slider."
+    code = """import matplotlib.pyplot as plt
+from vae_robust.settings import moving
+figures = {str(i): plt.figure(figsize=(i, 1)) for i in (1, 2, 3)}
+plt.close('all')
+moving(figures, 'width')"""
+    cells = [nbformat.v4.new_markdown_cell('.') for _ in range(6)]  # READY waits for some
+    kernel = {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}
+    return nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(code)], metadata=kernel)
+
+
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     """The address of a JupyterLab of our own: private configuration, copies of the two notebooks,
@@ -35,6 +47,7 @@ def lab(tmp_path_factory):
     home = tmp_path_factory.mktemp('lab')
     for name in ('A5_explorer', 'A6_play'):
         shutil.copy(ROOT/'nbs'/f'{name}.ipynb', home)
+    nbformat.write(small_notebook(), home/'moving.ipynb')
     settings = {'notebook-extension/tracker': {'windowingMode': 'none'},
                 'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}
     for name, values in settings.items():
@@ -148,6 +161,22 @@ def opened(browser, lab):
     page.close()
 
 
+def test_pictures_move_in_jupyterlab(browser, lab):
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(f'{lab}/moving/tree/moving.ipynb')
+    page.wait_for_function(READY, polling=200)
+    page.evaluate("() => { window.jupyterapp.shell.activateById(window.panel.id); "
+                  "window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    page.wait_for_function(DONE, polling=200)
+    slider, picture = (page.locator(f'.jp-OutputArea-output figure {tag}') for tag in ('input', 'img'))
+    before = picture.get_attribute('src')
+    slider.fill('2')
+    assert picture.get_attribute('src') != before
+    assert page.locator('.jp-OutputArea-output figure output').inner_text() == '3'
+    page.close()
+
+
 def test_latent_explorer(opened):
     explorer = opened('A5_explorer')
     page = explorer.page
@@ -241,3 +270,32 @@ def test_every_page_of_the_site(browser, site):
     page.locator('#found a').first.click()
     page.wait_for_function("location.hash && "
                            "document.getElementById(decodeURIComponent(location.hash.slice(1)))")
+
+
+MOVING = ['02_elbo', '05_concrete', '06_beta_vae']  # chapters in which something moves
+
+
+def moving_outputs(name):
+    "The outputs of a chapter that have a slider of their own, as they are committed."
+    nb = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())
+    pages = [''.join(o.get('data', {}).get('text/html', '')) for c in nb['cells']
+             for o in c.get('outputs', ())]
+    return [p for p in pages if 'type="range"' in p]
+
+
+@pytest.mark.parametrize('name', MOVING)
+def test_pictures_move_without_a_kernel(browser, name, tmp_path):
+    (html,) = moving_outputs(name)
+    (tmp_path/'page.html').write_text(f'<!doctype html><meta charset="utf-8">{html}')
+    page = browser.new_page()
+    page.goto((tmp_path/'page.html').as_uri())
+    slider, picture, label = (page.locator(tag) for tag in ('input', 'img', 'output'))
+    seen = []
+    slider.focus()
+    slider.press('Home')
+    for _ in range(int(slider.get_attribute('max')) + 1):
+        seen.append((label.inner_text(), picture.get_attribute('src')))
+        slider.press('ArrowRight')
+    assert len(seen) >= 10 and len({*seen}) == len(seen)
+    assert len({src for _, src in seen}) == len(seen)
+    assert picture.evaluate('i => i.complete && i.naturalWidth > 200')

@@ -147,7 +147,7 @@ def reference(name):
 
 def plain(text):
     "The words of a piece of HTML."
-    text = re.sub(r'<(style|script).*?</\1>|<[^>]+>', ' ', text, flags=re.S)
+    text = re.sub(r'<style.*?</style>|<[^>]+>', ' ', text, flags=re.S)
     return ' '.join(html.unescape(text).replace('¶', '').split())
 
 

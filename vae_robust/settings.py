@@ -9,8 +9,8 @@ __all__ = ['KINDS', 'smoke', 'ModelPreset', 'JudgePreset', 'AttackPreset', 'Stud
            'save_table']
 
 # %% ../nbs/A1_settings.ipynb #0870e9a9
-import base64, configparser, difflib, importlib, io, json, os, platform, re, shutil, subprocess
-import threading
+import base64, configparser, difflib, html, importlib, io, json, os, platform, re, shutil
+import subprocess, threading
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -563,14 +563,12 @@ def save_table(table, name, folder=None, floatfmt='.2f', **facts):
           f'{text}\n\n<sub>{provenance(**facts)}</sub>\n')
 
 # %% ../nbs/A1_settings.ipynb #cf048a5c
-SLIDER = """<figure class="moving"><img alt="{name}" src="{first}"><br>
-<label>{name} <input type="range" min="0" max="{last}" value="{at}"> <output>{label}</output></label>
-<script>(box => {{
-  const frames = {frames}, find = tag => box.querySelector(tag);
-  find('input').oninput = e => {{
-    [find('output').textContent, find('img').src] = frames[e.target.value];
-  }};
-}})(document.currentScript.parentElement)</script></figure>"""
+ACT = """const box = this.closest('figure'), [label, src] = JSON.parse(box.dataset.frames)[this.value];
+box.querySelector('output').textContent = label; box.querySelector('img').src = src"""
+
+SLIDER = """<figure class="moving" data-frames="{frames}"><img alt="{name}" src="{first}"><br>
+<label>{name} <input type="range" min="0" max="{last}" value="{at}" oninput="{act}">
+<output>{label}</output></label></figure>"""
 
 # %% ../nbs/A1_settings.ipynb #157b1337
 def frame(fig):
@@ -587,5 +585,5 @@ def moving(figures, name):
     from IPython.display import HTML  # here: the command line needs no notebook
     frames = [[label, frame(fig)] for label, fig in figures.items()]
     label, first = frames[len(frames)//2]
-    return HTML(SLIDER.format(name=name, first=first, at=len(frames)//2, last=len(frames) - 1,
-                              label=label, frames=json.dumps(frames)))
+    return HTML(SLIDER.format(name=name, first=first, at=len(frames)//2, last=len(frames) - 1, act=ACT,
+                              label=label, frames=html.escape(json.dumps(frames))))
