@@ -364,7 +364,7 @@ def remove(path):
 
 # %% ../nbs/A1_settings.ipynb #d15c001a
 def sweep_up(folder):
-    "Remove the temporary files and folders in `folder` of processes on this machine that are no more."
+    "Remove the temporary files in `folder` of processes on this machine that are no more."
     ours = re.compile(rf'\..+\.{re.escape(platform.node())}\.(\d+)-\d+')
     for name in os.listdir(folder):
         if (m := ours.fullmatch(name)) and not running(int(m[1])):
@@ -469,7 +469,8 @@ def parts_of(path):
     try:
         text = Path(path).read_bytes().decode()
     except UnicodeDecodeError:
-        raise TableError(f'{path} is damaged: it is no text. Delete it, and let it be made again.') from None
+        raise TableError(f'{path} is damaged: it is no text. Delete it, and let it be '
+                         'made again.') from None
     head, _, rows = text.partition('\n') if text.startswith('#') else ('', '', text)
     with suppress(ValueError, AttributeError, TypeError):
         facts = json.loads(head[1:])
@@ -551,7 +552,8 @@ def save_csv(table, name, folder=None, **facts):
 # %% ../nbs/A1_settings.ipynb #792620c4
 def markdown(table, floatfmt='.2f'):
     "A data frame as a table for people: what is missing is left blank."
-    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=floatfmt)
+    blank = table.astype(object).where(table.notna(), None)
+    return blank.to_markdown(index=False, floatfmt=floatfmt)
 
 def save_table(table, name, folder=None, floatfmt='.2f', **facts):
     """Write a data frame to figures/`name`.csv and .md with its provenance;
