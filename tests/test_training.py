@@ -718,7 +718,7 @@ def test_a_killed_run_leaves_nothing_for_ever(tmp_path, where):
      'images of data = digits have channels = 1, not 3'),
     ('digits.disentangled', {'n_c': 0}, 'joint needs a categorical'),
     ('mnist.tc', {'data': 'digits'},
-     'n_data = 60000, but there are 1500 images: set n_data = 1500'),
+     'n_data = 60000, but there are 1500 images in data = digits: set n_data = 1500'),
     ('mnist.tc', {'data': 'digits', 'batch': 1}, 'tc compares codes of one batch'),
     ('mnist.tc', {'data': 'digits', 'n_data': 10}, 'at most n_data'),
     ('mnist.factor', {'data': 'digits', 'batch': 3}, 'factor permutes'),
