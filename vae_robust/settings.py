@@ -8,7 +8,8 @@ __all__ = ['KINDS', 'smoke', 'ModelPreset', 'JudgePreset', 'AttackPreset', 'Stud
            'save_table']
 
 # %% ../nbs/A1_settings.ipynb #0870e9a9
-import base64, configparser, difflib, html, io, json, os, platform, re, shutil, subprocess, threading
+import base64, configparser, difflib, html, io, json
+import os, platform, re, shutil, subprocess, threading
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -515,10 +516,11 @@ def frame(fig):
 
 # %% ../nbs/A1_settings.ipynb #bd8d38f0
 def moving(figures, name):
-    """A slider called `name` over `figures`, label -> matplotlib figure, as HTML for a notebook or a
-    page; it needs no kernel, and shows the middle figure first."""
+    """A slider called `name` over `figures`, label -> matplotlib figure, as HTML for a notebook or
+    a page; it needs no kernel, and shows the middle figure first."""
     from IPython.display import HTML  # here: the command line needs no notebook
     frames = [[label, frame(fig)] for label, fig in figures.items()]
-    label, first = frames[len(frames)//2]
-    return HTML(SLIDER.format(name=name, first=first, at=len(frames)//2, last=len(frames) - 1, act=ACT,
-                              label=label, frames=html.escape(json.dumps(frames))))
+    middle, all_of_them = len(frames)//2, html.escape(json.dumps(frames))
+    label, first = frames[middle]
+    return HTML(SLIDER.format(name=name, act=ACT, at=middle, last=len(frames) - 1, label=label,
+                              first=first, frames=all_of_them))
