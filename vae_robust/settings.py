@@ -582,10 +582,11 @@ def frame(fig):
 
 # %% ../nbs/A1_settings.ipynb #bd8d38f0
 def moving(figures, name):
-    """A slider called `name` over `figures`, label -> matplotlib figure, as HTML for a notebook or a
-    page; it needs no kernel, and shows the middle figure first."""
+    """A slider called `name` over `figures`, label -> matplotlib figure, as HTML for a notebook or
+    a page; it needs no kernel, and shows the middle figure first."""
     from IPython.display import HTML  # here: the command line needs no notebook
     frames = [[label, frame(fig)] for label, fig in figures.items()]
-    label, first = frames[len(frames)//2]
-    return HTML(SLIDER.format(name=name, first=first, at=len(frames)//2, last=len(frames) - 1, act=ACT,
-                              label=label, frames=html.escape(json.dumps(frames))))
+    middle, all_of_them = len(frames)//2, html.escape(json.dumps(frames))
+    label, first = frames[middle]
+    return HTML(SLIDER.format(name=name, act=ACT, at=middle, last=len(frames) - 1, label=label,
+                              first=first, frames=all_of_them))
