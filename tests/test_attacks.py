@@ -730,13 +730,13 @@ def test_parameters_are_never_asked_for_gradients():
 
 
 def test_bfloat16_gets_as_near_where_the_processor_has_it(model, digits, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': True})
     fp32, bf16 = (attack(model, digits[:6], digits[6:12], preset('attack.strong', precision=p),
                          progress=False) for p in ('float32', 'bfloat16'))
     assert not torch.equal(bf16.x, fp32.x)
     assert bf16.x.dtype == torch.float32
     assert bf16.after.mean() < fp32.after.mean() + .1*(fp32.before - fp32.after).mean()
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx2': True})
     assert torch.equal(attack(model, digits[:6], digits[6:12],
                               preset('attack.strong', precision='bfloat16'), progress=False).x,
                        fp32.x)

@@ -413,10 +413,10 @@ def test_every_objective_trains_and_comes_back(tmp_path, kind, constants):
 
 
 @pytest.mark.parametrize('capability, half',
-                         [('AVX512', torch.bfloat16), ('AVX2', torch.float32),
-                          ('DEFAULT', torch.float32)])
+                         [('avx512_bf16', torch.bfloat16), ('amx_bf16', torch.bfloat16),
+                          ('avx512_f', torch.float32), ('avx2', torch.float32)])
 def test_half_the_bits_only_where_the_processor_has_them(tmp_path, monkeypatch, capability, half):
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {capability: True})
     assert (forward_dtype('float32'), forward_dtype('bfloat16'),
             forward_dtype('bfloat16', 'cuda')) == (torch.float32, half, torch.bfloat16)
     p = preset('digits.entangled', steps=3, batch=16)

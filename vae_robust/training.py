@@ -474,10 +474,10 @@ def fitting(preset, x):
 # %% ../nbs/10_training.ipynb #c0de0f08
 def forward_dtype(precision, device='cpu'):
     """The torch dtype of a forward pass for a preset's `precision`: float32 or bfloat16, and
-    float32 for both on a processor that has less than AVX-512, where bfloat16 would be several
-    times slower."""
+    float32 for both on a processor without instructions for bfloat16, where it would be slower."""
+    has = torch.cpu.get_capabilities()
     on_cpu = torch.device(device).type == 'cpu'
-    emulated = on_cpu and not torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+    emulated = on_cpu and not any(has.get(k) for k in ('avx512_bf16', 'amx_bf16', 'bf16'))
     return torch.float32 if emulated else getattr(torch, precision)
 
 # %% ../nbs/10_training.ipynb #4b2ad746
