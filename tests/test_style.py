@@ -28,7 +28,7 @@ def code_lines(text):
 
 
 def too_wide(texts):
-    "The lines over WIDEST, and those over WIDE if they are too many; nbdev's list of modules apart."
+    "The lines over WIDEST, and those over WIDE if too many; nbdev's list of modules apart."
     lines = [line for t in texts for line in t.split('\n')
              if line.strip() and not line.startswith('- `vae_robust.')]
     widest, wide = ([line for line in lines if len(line) > n] for n in (WIDEST, WIDE))
