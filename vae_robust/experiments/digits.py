@@ -173,8 +173,8 @@ def adversarial_grid(model, x, x_t, xs, *, ax=None, title=None):
     return show_grid(torch.stack(images), labels, title, ax)
 
 # %% ../../nbs/23_digits.ipynb #28a74b8e
-def one_per_class(test):
-    "A source of each class and targets of other classes: two (10, C, H, W)."
+def nine_pairs(test):
+    "Sources of nine classes and targets of other classes: two (9, C, H, W)."
     return pixels(test.x[pairs(test.y, 1)[1::10]]).unbind(1)
 
 # %% ../../nbs/23_digits.ipynb #5b85ba97
@@ -223,7 +223,7 @@ def pictures(job, runs, folder=None):
     facts = dict(models=job.models, train=job.train, seed=job.seeds[0])
     draw = lambda m, ax, title: traversals(m, pixels(test.x[:1]), ax=ax, title=title)
     save_figure(side_by_side(draw, models, 5.6), 'traversals', folder, **facts)
-    x, x_t = one_per_class(test)
+    x, x_t = nine_pairs(test)
     strong = lambda m: attack(m, x, x_t, preset('attack.strong'), progress=False).x
     draw = lambda m, ax, title: adversarial_grid(m, x, x_t, strong(m), ax=ax, title=title)
     facts |= {'attack': 'attack.strong'}
