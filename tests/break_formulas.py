@@ -48,7 +48,7 @@ MUTATIONS = [  # chapter, what stands in one of its cells, what is put there
     ('04', "q.c.probs*(logits + math.log", "q.c.probs*(logits - math.log"),
     ('04', "RelaxedOneHotCategorical(self.tau, logits=self.c.logits",
      "RelaxedOneHotCategorical(self.tau, logits=-self.c.logits"),
-    ('04', "return torch.cat([d.mode for d in", "return torch.cat([d.sample() for d in"),
+    ('04', "return torch.cat([d.mode.flatten(1) for d in", "return torch.cat([d.sample().flatten(1) for d in"),
     ('04', "torch.special.entr(x) + torch.special.entr(1 - x)", "torch.special.entr(x)"),
     ('04', "Normal(logits.sigmoid(), 1.,", "Normal(logits.sigmoid(), .5,"),
     ('04', "Normal(mu, (lv/2).exp(), validate_args=False), c, self.tau)",

@@ -334,8 +334,8 @@ OTHERS = [(n, f) for n in ('latent', 'classifier') for f in ('logits', 'log_prob
 def test_gradients_are_those_of_finite_differences(name, features, goal, double):
     model, judges = double
     x, x_t, at, u = torch.rand(4, 2, 1, 32, 32, dtype=torch.double)
-    J = objective_of(preset('attack.strong', objective=name, features=features, goal=goal), model,
-                     x, x_t, judges.get(name))
+    p = preset('attack.strong', objective=name, features=features, goal=goal, noise=.1)
+    J = objective_of(p, model, x, x_t, judges.get(name))
     value, g = value_and_gradient(J, at)
     with torch.no_grad():
         difference = (J(at + 1e-6*u) - J(at - 1e-6*u))/2e-6

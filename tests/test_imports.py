@@ -19,4 +19,4 @@ def test_importing_the_attacks_is_light():
     found = [json.loads(run.stdout) for run in runs]
     assert not HEAVY & set(found[0][1])
     # torch takes some three seconds: a ratio, since a busy machine slows both
-    assert min((c - b)/(b - a) for (a, b, c), _ in found) <= .12
+    assert min((c - b)/(b - a) for (a, b, c), _ in found) <= .2

@@ -1,8 +1,4 @@
-"""Are disentangled variational autoencoders really easier to attack? A literate reproduction.
-
-Modules:
-
-- `vae_robust.total_correlation`: The averaged divergence is a sum of three, and only the middle one asks for independent latents: $\mathbb E_x D_{\mathrm{KL}}(q_\phi(z\mid x)\,\|\,p(z))$ $= I_q(x;z)$ $+ D_{\mathrm{KL}}\big(q(z)\,\|\,\prod_d q(z_d)\big)$ $+ \sum_d D_{\mathrm{KL}}(q(z_d)\,\|\,p(z_d))$."""
+"""Are disentangled variational autoencoders really easier to attack? A literate reproduction."""
 
 import importlib
 

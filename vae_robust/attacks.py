@@ -265,7 +265,7 @@ def without_trace(found):
     return found._replace(trace=found.trace[:, :0].clone())
 
 # %% ../nbs/16_attacks.ipynb #da9dfff5
-def relative_weights(model, x: Batch, x_t: Batch, preset, judge=None, make=None) -> PerImage:
+def relative_weights(model, x, x_t, preset, judge=None, make=None) -> PerImage:
     """Weights of the pixel norm, (B,), by (16.1) with lambda = `preset.lam`, for sources x with
     targets x_t. Raises `AttackError`."""
     x, x_t = as_pairs(x, x_t)

@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 # %% ../nbs/A7_cli.ipynb #db942126
 def show_version(asked):
     "Print the version and end, if that was asked for."
-    if not asked: return
+    if not asked: return asked
     print(f'vae_robust {vae_robust.__version__}')
     raise typer.Exit()
 
@@ -383,7 +383,7 @@ def clothes(runs):
     from vae_robust.experiments import digits
     job = read_preset('job.fashion')
     _, means = digits.report(job, runs, runs/'job.fashion')
-    settings.save_csv(means, 'fashion', **job.model_dump())
+    settings.save_csv(means.dropna(axis=1, how='all'), 'fashion', **job.model_dump())
 
 # %% ../nbs/A7_cli.ipynb #e6591d59
 def every_study():

@@ -25,15 +25,15 @@ from .training import keep_memory, one_thread
 from .vae import evaluating
 
 # %% ../nbs/21_robustness.ipynb #4ed37b73
-def pairs(y: Classes, n, seed=0) -> Int[Tensor, 'P 2']:
+def pairs(y, n, seed=0) -> Int[Tensor, 'P 2']:
     """For labels y, up to `n` (source, target) index pairs for each ordered pair of different
     classes: int64 (P, 2), in which no source and no target of two classes comes twice.
     Raises `AttackError` unless there are at least two classes, one for each image."""
     y = torch.as_tensor(y)
     if y.ndim != 1 or len(y.unique()) < 2:
-        raise AttackError('Pairs are of images of different classes, so there must be one label an '
-                          f'image, and two classes: these labels are {tuple(y.shape)}. '
-                          'Of factors, take one: test._replace(y=test.y[:, 0]).')
+        raise AttackError('Pairs need one label for each image, and two classes: these labels are '
+                          f'{tuple(y.shape)}, with {len(y.unique())} values. Of factors, take one: '
+                          'test._replace(y=test.y[:, 0]).')
     rng, out = np.random.default_rng(seed), []
     where = {int(k): np.flatnonzero(y == k) for k in y.unique()}
     for s, t in ((s, t) for s in where for t in where if s != t):
