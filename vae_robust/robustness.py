@@ -16,7 +16,7 @@ from scipy.stats import norm as gaussian
 from torch import Tensor
 from torch.func import jacrev, vmap
 from .attacks import Attacked, attack
-from .data import Batch, Classes, Codes, Images, PerImage, as_images, pixels
+from .data import Batch, Codes, Images, PerImage, as_images, pixels
 from .judges import judged
 from .objectives import AttackError, features, for_judges_of_images, norm
 from .optimisers import BALLS, without_subnormals
