@@ -80,12 +80,11 @@ def kl(q: Posterior) -> tuple[PerLatent, PerImage]:
 def log_density(q, z):
     """log q(z) of a `Normal` q at z, in nats, also where the square of a deviation or of a
     distance is no number of single precision; elsewhere torch's, to the last bit."""
-    d, sigma = torch.broadcast_tensors(z - q.loc, q.scale)
-    ends = at_the_ends(d, sigma)
-    u = d/sigma
-    calm = Normal(0., sigma.masked_fill(ends, 1.), validate_args=False)
-    return torch.where(ends, -u*(u/2) - sigma.log() - math.log(2*math.pi)/2,
-                       calm.log_prob(d.masked_fill(ends, 0.)))
+    d, sigma = z - q.loc, q.scale
+    ends, u = at_the_ends(d, sigma), d/sigma
+    extreme = at_the_ends(torch.zeros_like(sigma), sigma)
+    calm = Normal(q.loc, sigma.masked_fill(extreme, 1.), validate_args=False)
+    return torch.where(ends, -u*(u/2) - sigma.log() - math.log(2*math.pi)/2, calm.log_prob(z))
 
 # %% ../nbs/04_vae.ipynb #a89cbbea
 def langevin(y):
