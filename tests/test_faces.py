@@ -179,7 +179,7 @@ def test_a_corrupt_picture_is_named_and_the_rest_is_kept(celeba, monkeypatch):
     assert not (celeba_folder()/'aligned_64.npy').exists()
     done, whole = [], data.decode_block
     monkeypatch.setattr(data, 'decode_block',
-                        lambda files, out: (done.extend(files), whole(files, out))[1])
+                        lambda files, *to: (done.extend(files), whole(files, *to))[1])
     assert '000007.jpg' in complaint()  # still there, and nothing else is decoded again
     assert len(done) == 4
     (celeba_folder()/PICTURES/'000007.jpg').write_bytes(good)
@@ -252,10 +252,10 @@ def test_what_is_missing_and_where_to_get_it(folder):
 
 def test_an_interrupted_decoding_goes_on(celeba, monkeypatch):
     whole, done = data.decode_block, []
-    def one_then_stop(files, out):
+    def one_then_stop(files, *to):
         done.append(files[0].name)
         if len(done) == 4: raise KeyboardInterrupt
-        return whole(files, out)
+        return whole(files, *to)
     monkeypatch.setattr(data, 'ThreadPoolExecutor', partial(data.ThreadPoolExecutor, 1))
     monkeypatch.setattr(data, 'decode_block', one_then_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -265,7 +265,7 @@ def test_an_interrupted_decoding_goes_on(celeba, monkeypatch):
     kept = len(json.loads((celeba_folder()/'aligned_64.json').read_text())['done'])
     done.clear()
     monkeypatch.setattr(data, 'decode_block',
-                        lambda files, out: (done.append(files[0].name), whole(files, out))[1])
+                        lambda files, *to: (done.append(files[0].name), whole(files, *to))[1])
     x = load('celeba').x
     assert len(done) == 6 - kept
     assert torch.equal(x[0], reference(celeba_folder()/PICTURES/'000001.jpg'))
@@ -461,10 +461,10 @@ def test_two_callers_decode_once(own, monkeypatch):
     _, name, file = own
     file('.npy').unlink()
     done, whole = [], data.decode_block
-    def slow(files, out):
+    def slow(files, *to):
         done.append(files[0].name)
         time.sleep(.5)
-        return whole(files, out)
+        return whole(files, *to)
     monkeypatch.setattr(data, 'decode_block', slow)
     threads = [threading.Thread(target=load, args=(name,)) for _ in range(2)]
     [t.start() for t in threads]
