@@ -62,12 +62,11 @@ def bound_of(model, x):
     return {k: v.mean().item() for k, v in parts.items()}, ' '.join(f'{v:.2f}' for v in each)
 
 # %% ../../nbs/23_digits.ipynb #1dc7c743
-@without_subnormals()
 def portrait(model, judge, test, n=100, K=1000, seed=0):
     """What a model is like on `test`, as a dict: the means of `bound_of`, log_p (`K` importance
     samples, the first `n` images) in nats; active latents; accuracy of the categorical as
     a clustering and recognised reconstructions in percent; kl_per_latent."""
-    with torch.random.fork_rng(), torch.no_grad(), one_thread():
+    with torch.random.fork_rng(), torch.no_grad(), one_thread(), without_subnormals():
         torch.manual_seed(seed)
         x = pixels(test.x)
         means, kl_per_latent = bound_of(model, x)
