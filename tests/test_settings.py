@@ -25,6 +25,11 @@ def test_every_preset_of_the_shipped_file_is_valid():
         preset('mnist.disentangled', name) if name.startswith('train.') else preset(name)
 
 
+def test_the_settings_that_people_edit_are_those_of_the_package():
+    "One file under two names: a copy would be read, and the one at the top edited in vain."
+    assert settings.settings_file().resolve() == root()/'settings.ini'
+
+
 def test_settings_ini_has_no_default_section():
     assert 'DEFAULT' not in read_settings()
 
