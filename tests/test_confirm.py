@@ -118,9 +118,9 @@ def test_the_smallest_radius_of_a_judge_that_compares_two_halves():
 def test_both_measures_name_whole_presets_the_draw_and_all_attacks_that_count(tmp_path):
     study = preset('study.rehearsal')
     cells = [c for _, c in lost_cells(study, tmp_path)]
-    assert {c.options['draw'] for c in cells} == {confirm.DRAW}
+    assert {c.options['draw'] for c in cells} == {1} and preset('study.arm_a').draw == 20261201
     assert {c.measure for c in cells} == {'lost'}
-    radii = [c for _, c in radius_cells(study, tmp_path, draw=5)]
+    radii = [c for _, c in radius_cells(study.model_copy(update={'draw': 5}), tmp_path)]
     assert len(radii) == 2 and all(c.options['draw'] == 5 for c in radii)
     assert [p['steps'] for p in radii[0].options['attacks']] == [1, 1]
 

@@ -349,17 +349,20 @@ def study(name: StudyName, runs: Runs = RUNS, jobs: Jobs = -1, backend: Backend 
     """Compute the cells of a study that are missing, and write its table to figures/: attacks on
     shipped models, or a series of models. Interrupt it when you like; it goes on."""
     from vae_robust import studies
-    from vae_robust.experiments import series, tables
+    from vae_robust.experiments import confirm, series, tables
     if jobs == 0:
         raise SettingsError('--jobs 0: at least one process is needed, or -1 for one per core.')
     asked, dose = read_preset(wanted(name, 'study', 'dose')), name.startswith('dose.')
-    sides = series.sides_of(asked, runs) if dose else [studies.cells_of(asked, runs)]
+    sides = (series.sides_of(asked, runs) if dose else [studies.cells_of(asked, runs)]
+             if asked.draw is None else confirm.sides_of(asked, runs))
     print(forecast(name, asked, sides, runs))
     if dry_run: return
     pool = {'backend': backend} | ({'jobs': jobs} if backend == 'local' else {})
     if dose:
         series.respond(asked, runs, **pool)
         series.publish_doses(runs, figures)
+    elif asked.draw is not None:
+        confirm.publish_measures(name.removeprefix('study.'), asked, runs, figures, **pool)
     else:
         studies.trials(asked, runs, **pool)
         tables.publish_study(name.removeprefix('study.'), runs, figures)
@@ -387,9 +390,12 @@ def clothes(runs):
 
 # %% ../nbs/A7_cli.ipynb #e6591d59
 def every_study():
-    "The studies and series of settings.ini, but for two that are there for the tests."
-    return [name for name in read_settings() if name.startswith(('study.', 'dose.'))
-            and name not in ('study.smoke', 'dose.plain')]
+    """The studies and series of settings.ini, but for two that are there for the tests, and those
+    of the protocol whose models are not shipped: their trainings are days of a core."""
+    asked = [name for name in read_settings() if name.startswith(('study.', 'dose.'))
+             and name not in ('study.smoke', 'dose.plain', 'study.rehearsal')]
+    quick = lambda p: p.draw is None or p.train == 'shipped'
+    return [name for name in asked if quick(read_preset(name))]
 
 # %% ../nbs/A7_cli.ipynb #c7684029
 def all_of_it(runs):

@@ -161,7 +161,8 @@ class Study(BaseModel, extra='allow', frozen=True):
     further keys, `model.KEY` or `attack.KEY`. `train`: 'shipped', or a train section that is
     laid over the models; `anew`: shipped weights are not taken; `judges` are sections, the first
     is the one that an attack may use; `pairs` of images per ordered class pair, one number, or
-    one for each attack. A section `[study.name]`, `[dose.name]` or `[job.name]`."""
+    one for each attack. With a `draw`, the seed of the pairs, the protocol's two measures are
+    asked (chapter 27). A section `[study.name]`, `[dose.name]` or `[job.name]`."""
     models: Words
     train: str = 'shipped'
     anew: bool = False
@@ -169,6 +170,7 @@ class Study(BaseModel, extra='allow', frozen=True):
     attacks: Words
     judges: Words
     pairs: Counts
+    draw: Seed | None = None
 
     @property
     def axes(self):
