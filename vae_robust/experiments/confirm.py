@@ -40,7 +40,8 @@ def is_lost(seen, source):
 
 # %% ../../nbs/27_confirm.ipynb #394ea51a
 class Nearest(nn.Module):
-    "Images (B, C, H, W) to shares of the `k` nearest of x (N, C, H, W), of classes y from 0: (B, K)."
+    """Images (B, C, H, W) to shares of the `k` nearest of x (N, C, H, W), of classes y from 0:
+    (B, K)."""
     def __init__(self, x, y, k=5):
         super().__init__()
         self.knn = KNeighborsClassifier(k, algorithm='brute').fit(x.flatten(1), y)
@@ -222,8 +223,8 @@ HARDER = {'as they are': TARGETED, 'twice the steps': [f'{a}_steps' for a in TAR
 
 def doubling(table):
     "Of a `wide_table` of pilots: for each model the rate in percent under each of `HARDER`."
-    classes = lambda m: table[table.model == m].drop_duplicates(['source', 'target', 'image']).source
-    rates = lambda m, attacks: class_rates(arm_of(table, m, attacks), classes(m).to_numpy())
+    classes = table.drop_duplicates(['source', 'target', 'image']).source.to_numpy()
+    rates = lambda m, attacks: class_rates(arm_of(table, m, attacks), classes)
     each = [pd.DataFrame({'model': m} | {k: rates(m, a) for k, a in HARDER.items()})
             for m in table.model.unique()]
     return pd.concat(each, ignore_index=True)
