@@ -6,7 +6,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vae_robust import __version__
-from vae_robust.cli import app
+from vae_robust.cli import app, every_study
 from vae_robust.settings import read_settings, root
 from vae_robust.training import shipped
 from vae_robust.yours import load_model, preset_of
@@ -107,6 +107,16 @@ def test_every_section_is_in_one_list_and_completed():
     typed = dict(COMP_WORDS='vae-robust attack mnist.dis', COMP_CWORD='2')
     done = vae_robust(_VAE_ROBUST_COMPLETE='complete_bash', _program='vae-robust', **typed)
     assert 'mnist.disentangled' in done.stdout and 'entangled_wd' not in done.stdout
+
+
+def test_a_study_with_a_draw_asks_for_the_measures_of_the_protocol(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr('vae_robust.experiments.confirm.publish_measures',
+                        lambda name, study, runs, folder, **_: seen.append((name, study.draw, folder)))
+    text = invoked('study', 'study.rehearsal', '--runs', tmp_path, '--figures', tmp_path)
+    assert seen == [('rehearsal', 1, tmp_path)] and '6 cells, 0 done' in text
+    asked = every_study()
+    assert 'study.shipped' in asked and not {'study.arm_a', 'study.pilots'} & {*asked}
 
 
 def test_version():

@@ -8,6 +8,7 @@ answers into six tests."""
 __all__ = ['RULES', 'six_tests', 'publish_measures', 'measures']
 
 # %% ../../nbs/27_confirm.ipynb #eaa15728
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 import numpy as np
@@ -37,6 +38,11 @@ JUDGES = 'strided', 'wide', 'lenet'                            # they score, and
 def is_lost(seen, source):
     "Whether most judges see another class: `seen` (N, judges), `source` (N,), to boolean (N,)."
     return 2*(np.asarray(seen) != np.asarray(source)[:, None]).sum(1) > np.shape(seen)[1]
+
+# %% ../../nbs/27_confirm.ipynb #1d46b2c9
+def is_hit(seen, target):
+    "Whether most judges see the target's class: `seen` (N, judges), `target` (N,), to boolean (N,)."
+    return 2*(np.asarray(seen) == np.asarray(target)[:, None]).sum(1) > np.shape(seen)[1]
 
 # %% ../../nbs/27_confirm.ipynb #394ea51a
 class Nearest(nn.Module):
@@ -83,12 +89,14 @@ def one_row_each(trials):
     return first[['source', 'target', 'image']].assign(**seen)
 
 # %% ../../nbs/27_confirm.ipynb #3bef64aa
-def arm_of(table, model, attacks, judges=JUDGES):
-    "Of an arm's models: which pairs are kept, and which lost under any of `attacks`, (I, P) each."
+def arm_of(table, model, attacks, judges=JUDGES, hit=False):
+    """Of an arm's models: which pairs are kept, and which lost (or `hit`) under any of `attacks`,
+    (I, P) each."""
     mine = table[table.model == model].sort_values('seed', kind='stable')
-    columns = lambda when: mine[[f'{when}_{j}' for j in judges]]
-    see = lambda when: is_lost(columns(when), mine.source).reshape(mine.seed.nunique(), -1)
-    return ~see('none'), np.logical_or.reduce([see(a) for a in attacks])
+    seen = lambda when: mine[[f'{when}_{j}' for j in judges]]
+    falls = partial(is_hit, target=mine.target) if hit else partial(is_lost, source=mine.source)
+    arm = ~is_lost(seen('none'), mine.source), np.logical_or.reduce([falls(seen(a)) for a in attacks])
+    return [outcome.reshape(mine.seed.nunique(), -1) for outcome in arm]
 
 # %% ../../nbs/27_confirm.ipynb #697af1d7
 def any_loses(model, judges, attacks, judge, x, x_t, y):
@@ -136,9 +144,9 @@ def class_rates(arm, classes):
     return [100*np.mean(rates(k, f)) for k, f in zip(*arm)]
 
 # %% ../../nbs/27_confirm.ipynb #285f1077
-def rate_contrast(table, a, b, attacks=TARGETED, judges=JUDGES, **draws):
+def rate_contrast(table, a, b, attacks=TARGETED, judges=JUDGES, hit=False, **draws):
     "`Crossed`, the rate of arm `a` minus that of `b` in points, and Welch's p-value over seeds."
-    arms = [arm_of(table, m, attacks, judges) for m in (a, b)]
+    arms = [arm_of(table, m, attacks, judges, hit) for m in (a, b)]
     one = table.drop_duplicates(['source', 'target', 'image'])
     found = crossed_bootstrap(rate_differences(*arms, one.source), one.image, one.source, **draws)
     rates = [class_rates(arm, one.source.to_numpy()) for arm in arms]
@@ -159,6 +167,21 @@ def radius_contrast(table, a, b, **draws):
     found = crossed_bootstrap(median_differences(*arms, one.source), one.image, one.source, **draws)
     each = [class_medians(v, k, one.source.to_numpy(), np.ones((1, len(one))))[0] for k, v in arms]
     return found, welch(*each)[-1]
+
+# %% ../../nbs/27_confirm.ipynb #c3b5472e
+GOALS = {'noise of the size of the ball': ['noise'], 'latent, blind to the code': ['strong'],
+         'latent (T1)': ['latent_code'], 'output (T2)': ['output_code'], 'T1 or T2': TARGETED,
+         'maximum damage (U1)': ['damage_code'], 'judge (U2)': ['judge_untargeted_code'],
+         'any of the four': ALL}
+
+# %% ../../nbs/27_confirm.ipynb #3ea0935a
+def goal_row(table, a, b, attacks, judges=JUDGES, hit=False, **draws):
+    "Mean rates of the arms `a` and `b` in percent, their difference in points and its interval."
+    classes = table.drop_duplicates(['source', 'target', 'image']).source.to_numpy()
+    own = {m: np.mean(class_rates(arm_of(table, m, attacks, judges, hit), classes)) for m in (a, b)}
+    found, _ = rate_contrast(table, a, b, attacks, judges, hit, **draws)
+    low, high = interval(found.draws)
+    return own | {'difference': found.estimate, 'low': low, 'high': high}
 
 # %% ../../nbs/27_confirm.ipynb #dee48daf
 RULES = {'rate': (5., 6.), 'radius': (np.log(1.1), np.log(1.25))}  # what matters, the same's band
