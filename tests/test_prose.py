@@ -10,7 +10,6 @@ CHAPTERS = [f'{n:02}' for n in range(1, 23)]
 
 EXCEPTIONS = {chapter: {} for chapter in CHAPTERS} | {  # decimal: where it comes from
     '09': {'2.3': 'a section of the thesis'},
-    '10': dict.fromkeys(('140.8', '0.12', '2.5', '3.5'), 'measured once, as the prose says'),
     '14': {'0.03': 'APGD, arXiv:2003.01690: in percent in the code'}}
 
 DECIMAL = re.compile(r'(?<![\w.,:/])(\d[\d,]*\.\d+)(?![\w])')
