@@ -71,16 +71,16 @@ def cleaned(nb):
 
 # ------------------------------------------------------------------ links
 
-def anchored(text):
-    "Markdown with an anchor `eq-...` before each equation that has a tag."
-    anchors = lambda m: ''.join(f'<a id="eq-{t}"></a>' for t in re.findall(TAG, m[0]))
-    return re.sub(r'\$\$.*?\$\$', lambda m: anchors(m) + m[0], text, flags=re.S)
+def anchor(tag):
+    "The name of the place before the equation with a tag, which its chapter gives it."
+    return f'eq-{tag.replace(".", "-")}'
 
 
 def linked(text, equations, pages):
     """Markdown whose mentions of `equations` (tag -> page) and chapters (number -> page,
-    `pages`) are links."""
-    def equation(m): return f'[{m[0]}]({equations[m[1]]}#eq-{m[1]})' if m[1] in equations else m[0]
+    `pages`) are links, also in docstrings, which have none."""
+    def equation(m):
+        return f'[{m[0]}]({equations[m[1]]}#{anchor(m[1])})' if m[1] in equations else m[0]
     def chapter(m): return f'[{m[0]}]({pages[m[1]]})' if m[1] in pages else m[0]
     def prose(part):
         part = re.sub(r'\((\d+\.\d+[a-z]?)\)', equation, part)
@@ -211,8 +211,8 @@ def html_of(output):
 
 
 def converted(text, equations, pages):
-    "Markdown or a notebook as HTML, with anchors and links."
-    def prose(source): return markdown2html(linked(anchored(source), equations, pages))
+    "Markdown or a notebook as HTML, with links."
+    def prose(source): return markdown2html(linked(source, equations, pages))
     def code(c):
         shown = highlight(c.source, PythonLexer(), HtmlFormatter())
         if is_folded(c):

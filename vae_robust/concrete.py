@@ -85,7 +85,7 @@ def concrete_kl_exact(logits, prior_logits):
     the integral (5.13) by the trapezoidal rule, to rounding. Differentiable."""
     K, h = logits.shape[-1], .5
     l = prior_logits - logits
-    l = (l - l.amax(-1, keepdim=True)).unsqueeze(-2)  # log lambda, the largest at 0: (..., 1, K)
+    l = (l - l.amax(-1, keepdim=True)).unsqueeze(-2)  # -log r, the largest at 0: (..., 1, K)
     s = torch.arange(-40, 40 + h, h, dtype=l.dtype, device=l.device)
     integrand = (-K*F.softplus(s)).exp() - (-F.softplus(s[:, None] + l).sum(-1)).exp()
     return K*h*integrand.sum(-1) - l.sum((-1, -2))

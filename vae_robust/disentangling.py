@@ -163,7 +163,7 @@ def discriminator_loss(gan, x, xf):
 
 # %% ../nbs/09_disentangling.ipynb #05f0afde
 def generator_loss(gan, c, xf, told=True):
-    """-log D - L of (9.6), lambda = 1, nats, a scalar,
+    """-log eta - L_I of (9.6), lambda = 1, nats, a scalar,
     for codes c (B, n_c) and their images xf (B, n_x).
 
     If not `told`, Q learns to read the code, but the generator does not hear of it."""

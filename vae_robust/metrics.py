@@ -276,8 +276,8 @@ def modularity(q, v, rng, bins=20):
 def concentration(R): # (D, K): importances, none negative
     """Weighted mean over rows of one minus their entropy in units of log K:
     1 if each row has one entry, 0 if all entries are equal. (11.8)"""
-    P, rho = ratio(R, R.sum(1, keepdims=True)), ratio(R.sum(1), R.sum())
-    return float(rho @ (1 - entr(P).sum(1)/log(max(R.shape[1], 2))))
+    P, w = ratio(R, R.sum(1, keepdims=True)), ratio(R.sum(1), R.sum())
+    return float(w @ (1 - entr(P).sum(1)/log(max(R.shape[1], 2))))
 
 # %% ../nbs/11_metrics.ipynb #bb83d36d
 def skill(forest, z, y, nominal):
@@ -445,11 +445,11 @@ def class_accuracy(q, v, rng):
     return unsupervised_accuracy(v[:, 0], c.astype(int))
 
 # %% ../nbs/11_metrics.ipynb #795a00af
-def agreement(R): # (D, D'): absolute correlations, none negative
+def agreement(T): # (D, D'): absolute correlations, none negative
     """UDR of two models, (11.14): 1 for a permutation matrix,
     0 if nothing correlates (or there are no latents)."""
-    strengths = (ratio(S.max(1)**2, S.sum(1)).sum() for S in (R, R.T) if S.size)
-    return sum(strengths)/max(sum(R.shape), 1)
+    strengths = (ratio(S.max(1)**2, S.sum(1)).sum() for S in (T, T.T) if S.size)
+    return sum(strengths)/max(sum(T.shape), 1)
 
 # %% ../nbs/11_metrics.ipynb #09d3938a
 def active_ranks(z, least=.01):

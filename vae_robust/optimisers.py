@@ -222,11 +222,11 @@ def apgd(loss, start: Batch, x: Batch, eps, steps, step=2., ball='linf') -> Batc
 # %% ../nbs/14_optimisers.ipynb #d1e968fc
 def with_memory(beta, gamma):
     "The direction d of (14.4) for gradients g."
-    v, s, k = 0, 0, 0
+    v, u, k = 0, 0, 0
     def direction(g):
-        nonlocal v, s, k
-        v, s, k = beta*v + g, gamma*s + (1 - gamma)*g*g, k + 1
-        return v/((s/(1 - gamma**k)).sqrt() + 1e-12)
+        nonlocal v, u, k
+        v, u, k = beta*v + g, gamma*u + (1 - gamma)*g*g, k + 1
+        return v/((u/(1 - gamma**k)).sqrt() + 1e-12)
     return direction
 
 # %% ../nbs/14_optimisers.ipynb #46e46b34
