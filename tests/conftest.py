@@ -6,6 +6,7 @@ install_import_hook('vae_robust', 'beartype.beartype')  # types and shapes of al
 
 import pytest, torch
 from vae_robust.data import load, pixels
+from vae_robust.settings import locked, write
 from vae_robust.vae import VAE
 
 torch.set_num_threads(1)
@@ -20,6 +21,30 @@ def seeded():
 def digits():
     "16 real images of digits, float32 (16, 1, 32, 32)."
     return pixels(load('digits').x[:16])
+
+
+@pytest.fixture(scope='session')
+def once(tmp_path_factory):
+    "once(name, make): a folder that `make(folder)` fills once for all the processes of the tests."
+    top = tmp_path_factory.getbasetemp()
+    top = top.parent if 'PYTEST_XDIST_WORKER' in os.environ else top
+    def made(name, make):
+        with locked(top/f'{name}.lock'):
+            if not (top/f'{name}.done').exists():
+                make(top/name)
+                (top/f'{name}.done').touch()
+        return top/name
+    return made
+
+
+@pytest.fixture(scope='session')
+def site_without_mathjax(once):
+    "The folder of the site with an empty file in the place of MathJax: nothing is fetched."
+    from build_site import build
+    def make(folder):
+        write(folder/'mathjax.js', '')
+        assert build(folder) == folder/'index.html'
+    return once('site', make)
 
 
 @pytest.fixture

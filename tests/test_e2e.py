@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat, pytest
 
-from build_site import SiteError, build
+from build_site import SiteError, mathjax
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT/'runs'/'e2e'
@@ -234,34 +234,48 @@ def test_attack_playground(opened):
 
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
+def site(tmp_path_factory, site_without_mathjax):
+    "The site with MathJax."
+    folder = tmp_path_factory.mktemp('site')
     try:
-        return build(tmp_path_factory.mktemp('site'))
+        mathjax(folder)
     except SiteError as e:
         pytest.skip(str(e))
+    shutil.copytree(site_without_mathjax, folder, dirs_exist_ok=True,
+                    ignore=lambda *_: ['mathjax.js'])
+    return folder/'index.html'
 
 
 BEYOND = 'document.documentElement.scrollWidth - document.documentElement.clientWidth'
+SEEN = f"""async () => {{
+    await window.MathJax?.startup?.promise;
+    const count = what => document.querySelectorAll(what).length, left = [];
+    const texts = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) if (!texts.currentNode.parentElement.closest('pre, code'))
+        left.push(...(texts.currentNode.data.match(/[$][^$]+[$]/g) ?? []));
+    return {{formulas: count('mjx-container'), failed: count('[data-mjx-error]'), left, beyond: {BEYOND},
+             shown: [...document.images].every(i => i.complete && i.naturalWidth)}} }}"""
+WIDTHS = {'phone': {'width': 390, 'height': 900}, 'desk': {'width': 1280, 'height': 900}}
 
 
 def test_every_page_of_the_site(browser, site):
-    page, asked, errors = browser.new_page(), [], []
+    "On the way through all pages the width changes once on each: both are seen with one new layout."
+    page, asked, errors, now, other = browser.new_page(), [], [], 'phone', 'desk'
+    page.set_viewport_size(WIDTHS[now])
     page.set_default_timeout(120_000)
     page.on('request', lambda r: asked.append(r.url))
     page.on('pageerror', lambda e: errors.append(str(e)))
     page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
     for f in sorted(site.parent.glob('*.html')):
         page.goto(f.as_uri())
-        page.evaluate('MathJax.startup.promise')
-        formulas = page.locator('mjx-container').count()
-        failed = page.locator('[data-mjx-error]').count()
-        enough = formulas >= f.read_text().count('<a id="eq-')
-        assert not failed and enough and not errors, (f.name, formulas, failed, errors)
-        shown = '[...document.images].every(i => i.complete && i.naturalWidth)'
-        assert page.evaluate(shown), f.name
-        for width in (390, 1280):
-            page.set_viewport_size({'width': width, 'height': 900})
-            assert page.evaluate(BEYOND) <= 1, f'{f.name} scrolls sideways at {width} pixels'
+        seen = page.evaluate(SEEN)
+        enough = seen['formulas'] >= f.read_text().count('<a id="eq-')
+        assert enough and not seen['failed'] and not seen['left'] and not errors, (f.name, seen, errors)
+        assert seen['shown'], f.name
+        assert seen['beyond'] <= 1, f'{f.name} scrolls sideways on a {now}'
+        now, other = other, now
+        page.set_viewport_size(WIDTHS[now])
+        assert page.evaluate(BEYOND) <= 1, f'{f.name} scrolls sideways on a {now}'
     assert [u for u in asked if not u.startswith(('file:', 'data:'))] == []
     page.goto((site.parent/'13_objectives.html').as_uri() + '#eq-13.5')
     page.get_by_role('searchbox').fill('radius norm')

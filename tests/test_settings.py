@@ -1,4 +1,4 @@
-import json, os, platform, subprocess, sys
+import json, os, platform, subprocess, sys, threading, time
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
@@ -6,7 +6,7 @@ from PIL import Image
 
 from vae_robust import settings
 from vae_robust.experiments import comparison
-from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
+from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table, locked,
                                  kept_table, preset, read_settings, read_table, root, save_csv,
                                  save_figure, save_table, temporary, write)
 
@@ -319,6 +319,23 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
         f.touch()
     write(tmp_path/'b', 'x')
     assert {*tmp_path.iterdir()} == {*others, tmp_path/'b'}
+
+
+def test_a_lock_is_waited_for_and_ends_with_its_process(tmp_path, capsys):
+    path, held = tmp_path/'a'/'.lock', tmp_path/'held'
+    if not (child := os.fork()):
+        with locked(path):
+            held.touch()
+            time.sleep(60)
+    while not held.exists():
+        time.sleep(.01)
+    killing = threading.Timer(.3, os.kill, (child, 9))
+    killing.start()
+    with locked(path, 'Another is at work.'):
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9  # before, it was held
+    with locked(path, 'Another is at work.'):                            # a file, and no holder
+        assert capsys.readouterr().out == 'Another is at work.\n'
+    assert capsys.readouterr().out == ''
 
 
 # ------------------------------------------------------------------ presets that cannot be

@@ -9,7 +9,6 @@ import nbformat, pytest
 import build_site
 from build_site import SiteError, build, chapters, cleaned, module_of, plain
 from fold import is_folded
-from vae_robust.settings import write
 
 MODULES = [m for f in chapters() if (m := module_of(nbformat.read(f, 4)))]
 
@@ -30,12 +29,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
-    "The site with an empty file in the place of MathJax: nothing is fetched."
-    folder = tmp_path_factory.mktemp('site')
-    write(folder/'mathjax.js', '')
-    assert build(folder) == folder/'index.html'
-    return folder
+def site(site_without_mathjax): return site_without_mathjax
 
 @pytest.fixture(scope='module')
 def pages(site):

@@ -25,6 +25,8 @@ TEMPLATES = Path(__file__).parent/'site'
 FORMULA = r'(\$\$.*?\$\$|\$[^$\n]+\$|```.*?```|`[^`\n]+`|\[[^]]*\]\([^)]*\))'
 TAG = r'\\tag\{(.+?)\}'
 ID = r'id="([^"]+)"'
+LEXER, FORMATTER = PythonLexer(), HtmlFormatter()
+MATHJAX = '<script defer src="mathjax.js"></script>'
 
 
 class SiteError(RuntimeError):
@@ -214,7 +216,7 @@ def converted(text, equations, pages):
     "Markdown or a notebook as HTML, with links."
     def prose(source): return markdown2html(linked(source, equations, pages))
     def code(c):
-        shown = highlight(c.source, PythonLexer(), HtmlFormatter())
+        shown = highlight(c.source, LEXER, FORMATTER)
         if is_folded(c):
             shown = f'<details class="code"><summary>code</summary>{shown}</details>'
         return shown + ''.join(map(html_of, c.outputs))
@@ -238,6 +240,11 @@ def index(found):
     return 'const SECTIONS = ' + json.dumps(rows)
 
 
+def has_formulas(body):
+    "Whether a page's HTML has a dollar outside of code: only then MathJax, which is large, is loaded."
+    return '$' in plain(re.sub(r'(?s)<(pre|code)\b.*?</\1>', '', body))
+
+
 def bound(found):
     "Pages [(file, title, body), ...] with contents, and the way on and back: (file, HTML)."
     page = Template((TEMPLATES/'page.html').read_text())
@@ -247,7 +254,8 @@ def bound(found):
         before = way(i - 1, 'prev') if i else ''
         after = way(i + 1, 'next') if i + 1 < len(found) else ''
         yield file, page.substitute(title=html.escape(title), body=body, before=before, after=after,
-                                    contents=contents(file, titles, body))
+                                    contents=contents(file, titles, body),
+                                    mathjax=MATHJAX if has_formulas(body) else '')
 
 
 def build(folder=None, notebooks=None):
@@ -259,7 +267,7 @@ def build(folder=None, notebooks=None):
     bar = tqdm([*texts(notebooks)], 'site', mininterval=1)
     found = [(file, title, settled(converted(text, equations, pages), source, folder))
              for file, title, text, source in bar]
-    style = (TEMPLATES/'style.css').read_text() + HtmlFormatter().get_style_defs('.highlight')
+    style = (TEMPLATES/'style.css').read_text() + FORMATTER.get_style_defs('.highlight')
     search = (TEMPLATES/'search.js').read_text()
     files = [*bound(found), ('style.css', style), ('search.js', search),
              ('sections.js', index(found))]

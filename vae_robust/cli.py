@@ -180,7 +180,7 @@ def on_own(p, path):
 def home_of(name, pairs, pictures):
     "The name of the folder of a model with changed settings, or of own `pictures`."
     own = [pictures.resolve().name] if pictures else []
-    return '-'.join([name, *(pairs or []), *own]).replace('/', ':')
+    return '-'.join([name, *(pairs or []), *own]).replace('/', '÷')
 
 # %% ../nbs/A7_cli.ipynb #4bab3ce8
 @command

@@ -8,7 +8,7 @@ __all__ = ['FACTORS', 'SHAPES', 'SCALES', 'CARTOON', 'LOADERS', 'IMAGES', 'Image
            'resize', 'data_folder', 'cartoons', 'images', 'load', 'digest']
 
 # %% ../nbs/01_data.ipynb #9ad16616
-import fcntl, gzip, hashlib, json, math, os, shutil, subprocess, sys
+import gzip, hashlib, json, math, os, shutil, subprocess, sys
 import tarfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -24,7 +24,7 @@ from platformdirs import user_cache_dir
 from torch import Tensor
 from tqdm.auto import tqdm
 from .settings import DiskError  # noqa: F401 (what callers catch)
-from .settings import ModelPreset, disk, limit, near, remove, sweep_up, temporary, write
+from .settings import ModelPreset, disk, limit, locked, near, remove, sweep_up, temporary, write
 
 # %% ../nbs/01_data.ipynb #158a4fa6
 class ImageData(NamedTuple):
@@ -774,17 +774,6 @@ def fingerprints(files):
     return {b: hashlib.sha256('\n'.join(facts[b:b + BLOCK]).encode()).hexdigest()
             for b in range(0, len(files), BLOCK)}
 
-# %% ../nbs/01_data.ipynb #77d78da9
-@contextmanager
-def locked(path):
-    "Within this context no other process is in the same context for `path`. Raises `DiskError`."
-    with disk(f'{path}.lock'):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f'{path}.lock', 'w')
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
 # %% ../nbs/01_data.ipynb #edd74bdf
 def mapped(path, shape, mode='c'):
     """The file `path` mapped as uint8 of a `shape` (n, C, H, W);
@@ -827,7 +816,7 @@ def decoded(files, cache, form=FACE):
     and does again what is damaged or of other pictures, saying so. Raises `DataError` naming
     pictures that are missing, damaged or of another shape (the others are kept), and
     `DiskError`."""
-    with locked(cache):
+    with locked(f'{cache}.lock'):
         note = cache.with_suffix('.json')
         part = cache.with_suffix('.part')
         own, shape = fingerprints(files), (len(files), *form.shape)

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'smoke', 'ModelPreset', 'JudgePreset', 'AttackPreset', 'Stud
 
 # %% ../nbs/A1_settings.ipynb #0870e9a9
 import base64, configparser, difflib, html, importlib, io, json, os, platform, re, shutil
-import subprocess, threading
+import ctypes, subprocess, sys, threading
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -189,11 +189,18 @@ class Study(BaseModel, extra='allow', frozen=True):
 class SettingsError(ValueError):
     "Settings that cannot be used; the message names file, section, key and what would be right."
 
+# %% ../nbs/A1_settings.ipynb #d15c0020
+def linked(file):
+    "`file`, or the one that is named there in a line of text, as git has a link on Windows."
+    is_line = file.is_file() and file.stat().st_size < 100
+    return file.parent/file.read_text(encoding='utf-8').strip() if is_line else file
+
 # %% ../nbs/A1_settings.ipynb #8c3c06e3
 def settings_file():
     """Path of the settings: the environment variable VAE_ROBUST_SETTINGS,
     else the `settings.ini` that came with the package."""
-    return Path(os.environ.get('VAE_ROBUST_SETTINGS') or Path(__file__).with_name('settings.ini'))
+    own = os.environ.get('VAE_ROBUST_SETTINGS')
+    return Path(own) if own else linked(Path(__file__).with_name('settings.ini'))
 
 # %% ../nbs/A1_settings.ipynb #23d05662
 def read_settings(file=None):
@@ -204,7 +211,7 @@ def read_settings(file=None):
                                     inline_comment_prefixes=(';',))
     ini.optionxform = str                                          # keys keep their case: C_z
     try:
-        ini.read_string(file.read_text(), source=file.name)
+        ini.read_string(file.read_text(encoding='utf-8'), source=file.name)
     except OSError as e:
         raise SettingsError(f'{file.name}: cannot be read ({e.strerror}); '
                             'set VAE_ROBUST_SETTINGS or restore the file.') from None
@@ -341,9 +348,21 @@ def disk(path, size=0):
                         f'and {room:,} are free there. '
                         'Make room, or choose a folder that can be written to.') from e
 
+# %% ../nbs/A1_settings.ipynb #d15c0021
+def running_on_windows(pid):
+    "As `running`, on Windows, where `os.kill(pid, 0)` would be a Ctrl+C."
+    kernel = ctypes.WinDLL('kernel32', use_last_error=True)
+    process = kernel.OpenProcess(0x100000, False, pid)     # to be waited for: SYNCHRONIZE
+    if not process: return ctypes.get_last_error() == 5    # ACCESS_DENIED: it is somebody else's
+    try:
+        return kernel.WaitForSingleObject(process, 0) == 0x102                   # WAIT_TIMEOUT
+    finally:
+        kernel.CloseHandle(process)
+
 # %% ../nbs/A1_settings.ipynb #d15c0001
 def running(pid):
     "Whether a process of this machine has the number `pid`."
+    if sys.platform == 'win32': return running_on_windows(pid)
     try:
         os.kill(pid, 0)
     except PermissionError:  # it is there, and somebody else's
@@ -374,8 +393,10 @@ def sweep_up(folder):
 
 # %% ../nbs/A1_settings.ipynb #d15c0002
 def settle(path):
-    "Wait until the file or folder `path` is on the disk."
-    fd = os.open(path, os.O_RDONLY)
+    "Wait until the file or folder `path` is on the disk; Windows waits for no folders."
+    is_folder = path.is_dir()
+    if is_folder and sys.platform == 'win32': return
+    fd = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(fd)
     finally:
@@ -398,6 +419,25 @@ def write(path, data):
         finally:
             tmp.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/A1_settings.ipynb #d15c0023
+@contextmanager
+def locked(path, waiting=''):
+    """Within this context no other process is in the same context for the file `path`; whoever
+    must wait prints `waiting`. Raises `DiskError`."""
+    from filelock import FileLock, Timeout  # as slow to import as half of this package
+    path, lock = Path(path), FileLock(path)
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(waiting, end='\n' if waiting else '', flush=True)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/A1_settings.ipynb #d15c0005
 class TableError(ValueError):

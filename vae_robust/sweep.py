@@ -7,7 +7,7 @@ anywhere, in any order, and lose nothing when the power goes."""
 __all__ = ['answer', 'keep_answers', 'sweep', 'plan']
 
 # %% ../nbs/A2_sweep.ipynb #858bf018
-import fcntl, json, math, os, threading, time, traceback
+import json, math, os, threading, time, traceback
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -15,7 +15,7 @@ from pathlib import Path
 import joblib, pandas as pd
 from joblib.externals.loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
-from .settings import disk, keep_table, kept_table, line_of, near, sweep_up
+from .settings import disk, keep_table, kept_table, line_of, locked, near, sweep_up
 
 # %% ../nbs/A2_sweep.ipynb #926ff6ff
 class SweepError(RuntimeError):
@@ -181,18 +181,9 @@ def computed(backend, compute, cells, **options):
 def alone(folder):
     """Within this context no other process is in the same context for `folder`, where what a
     killed one left is removed; waits its turn, saying so. Raises `DiskError`."""
-    path = Path(folder)/'.lock'
-    with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, 'w')
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f'Another sweep is at work in {folder}; this one goes on when it is done.',
-                  flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        sweep_up(path.parent)
+    waiting = f'Another sweep is at work in {folder}; this one goes on when it is done.'
+    with locked(Path(folder)/'.lock', waiting):
+        sweep_up(Path(folder))
         yield
 
 # %% ../nbs/A2_sweep.ipynb #c33d9dfa

@@ -1,6 +1,6 @@
-// A loop over the sections of the book, which come along as a list.
+// A loop over the sections of the book, a list that is fetched when it is first needed.
 const field = document.getElementById('search'), found = document.getElementById('found')
-field.addEventListener('input', () => {
+const search = () => {
   const words = field.value.toLowerCase().split(/\s+/).filter(w => w)
   const rank = s => words.filter(w => s[1].toLowerCase().includes(w)).length
   const hits = words.length ? SECTIONS.filter(s => words.every(w => s[2].includes(w))) : []
@@ -11,4 +11,12 @@ field.addEventListener('input', () => {
     link.textContent = title
     return item
   }))
-})
+}
+field.addEventListener('focus', () => {
+  const list = document.head.appendChild(document.createElement('script'))
+  list.src = 'sections.js'
+  list.onload = () => {
+    field.addEventListener('input', search)
+    search()
+  }
+}, {once: true})
