@@ -16,7 +16,7 @@ ABBREVIATION = r'\b(et al|e\.g|i\.e|vs|[A-Z])\.|(?<=\d)\.(?=\d)'
 
 def paragraphs(text):
     "The paragraphs of a chapter's markdown and the points of its lists, a formula as one word."
-    text = re.split('^## References$', text, flags=re.M)[0]
+    text = re.sub(r'^## References$.*?(?=^## |\Z)', '', text, flags=re.S | re.M)
     text = re.sub(BREAKS, '\n\n', text, flags=re.S | re.M)
     words = {DISPLAYED: ' Formula ', FORMULA: 'Formula', LINK: r'\1', r'<[^>]+>': ''}
     for pattern, word in words.items():

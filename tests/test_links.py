@@ -21,7 +21,7 @@ def prose(file):
     "The markdown of a notebook without its references."
     cells = json.loads(file.read_text())['cells']
     text = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
-    return re.split('^## References$', text, flags=re.M)[0]
+    return re.sub(r'^## References$.*?(?=^## |\Z)', '', text, flags=re.S | re.M)
 
 
 def anchor(tag): return f'eq-{tag.replace(".", "-")}'
