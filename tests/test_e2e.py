@@ -259,7 +259,7 @@ WIDTHS = {'phone': {'width': 390, 'height': 900}, 'desk': {'width': 1280, 'heigh
 
 
 def test_every_page_of_the_site(browser, site):
-    "On the way through all pages the width changes once on each: both are seen with one new layout."
+    "The width changes once on each page, so that both are seen with one new layout."
     page, asked, errors, now, other = browser.new_page(), [], [], 'phone', 'desk'
     page.set_viewport_size(WIDTHS[now])
     page.set_default_timeout(120_000)
@@ -270,7 +270,8 @@ def test_every_page_of_the_site(browser, site):
         page.goto(f.as_uri())
         seen = page.evaluate(SEEN)
         enough = seen['formulas'] >= f.read_text().count('<a id="eq-')
-        assert enough and not seen['failed'] and not seen['left'] and not errors, (f.name, seen, errors)
+        assert enough and not errors, (f.name, seen, errors)
+        assert not seen['failed'] and not seen['left'], (f.name, seen)
         assert seen['shown'], f.name
         assert seen['beyond'] <= 1, f'{f.name} scrolls sideways on a {now}'
         now, other = other, now
