@@ -6,7 +6,7 @@ install_import_hook('vae_robust', 'beartype.beartype')  # types and shapes of al
 
 import pytest, torch
 from vae_robust.data import load, pixels
-from vae_robust.settings import locked, write
+from vae_robust.settings import locked, preset, write
 from vae_robust.vae import VAE
 
 torch.set_num_threads(1)
@@ -45,6 +45,13 @@ def site_without_mathjax(once):
         write(folder/'mathjax.js', '')
         assert build(folder) == folder/'index.html'
     return once('site', make)
+
+
+@pytest.fixture(scope='session')
+def smoke_job(once):
+    "The folder with `runs` and `figures` of job.smoke, done once: to be copied, not written to."
+    from vae_robust.experiments.digits import report
+    return once('smoke_job', lambda f: report(preset('job.smoke'), f/'runs', f/'figures'))
 
 
 @pytest.fixture

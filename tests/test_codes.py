@@ -44,7 +44,7 @@ def linear(n=16, D=2, K=4, G=None, seed=0, scale=1.):
 
 @pytest.mark.parametrize('optimiser, step, steps',
                          [('pgd', 1, 60), ('apgd', 2, 100), ('rmsprop', .3, 100), ('lbfgs', 1, 60),
-                          ('square', .3, 1000)])
+                          ('square', .3, 400)])
 def test_the_smallest_change_that_flips_a_code(optimiser, step, steps):
     """From code a to code b a linear head is flipped at margin/||w_a - w_b||_1 and not before,
     when the box is far and no third code is in the way."""

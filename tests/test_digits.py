@@ -1,4 +1,4 @@
-import json, math
+import json, math, shutil
 
 import numpy as np, pandas as pd, pytest, torch
 from torch.distributions import Normal, OneHotCategorical
@@ -26,11 +26,11 @@ def test_the_thesis_s_numbers():
 
 
 @pytest.fixture(scope='module')
-def job(tmp_path_factory):
-    "The smoke job, done once: (preset, runs folder, figures folder, results, summary)."
-    runs, figures = tmp_path_factory.mktemp('runs'), tmp_path_factory.mktemp('figures')
-    p = preset('job.smoke')
-    return p, runs, figures, *report(p, runs, figures)
+def job(tmp_path_factory, smoke_job):
+    "A copy of the smoke job: (preset, runs folder, figures folder, results, summary)."
+    home, p = tmp_path_factory.mktemp('job'), preset('job.smoke')
+    shutil.copytree(smoke_job, home, dirs_exist_ok=True)
+    return p, home/'runs', home/'figures', *report(p, home/'runs', home/'figures')
 
 
 def test_the_job_leaves_every_table_and_figure_with_its_provenance(job):

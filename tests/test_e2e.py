@@ -253,13 +253,13 @@ SEEN = f"""async () => {{
     const texts = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
     while (texts.nextNode()) if (!texts.currentNode.parentElement.closest('pre, code'))
         left.push(...(texts.currentNode.data.match(/[$][^$]+[$]/g) ?? []));
-    return {{formulas: count('mjx-container'), failed: count('[data-mjx-error]'), left, beyond: {BEYOND},
-             shown: [...document.images].every(i => i.complete && i.naturalWidth)}} }}"""
+    return {{formulas: count('mjx-container'), failed: count('[data-mjx-error]'), left,
+             beyond: {BEYOND}, shown: [...document.images].every(i => i.complete && i.naturalWidth)}} }}"""
 WIDTHS = {'phone': {'width': 390, 'height': 900}, 'desk': {'width': 1280, 'height': 900}}
 
 
 def test_every_page_of_the_site(browser, site):
-    "On the way through all pages the width changes once on each: both are seen with one new layout."
+    "The width changes once on each page, so that both are seen with one new layout."
     page, asked, errors, now, other = browser.new_page(), [], [], 'phone', 'desk'
     page.set_viewport_size(WIDTHS[now])
     page.set_default_timeout(120_000)
@@ -270,7 +270,8 @@ def test_every_page_of_the_site(browser, site):
         page.goto(f.as_uri())
         seen = page.evaluate(SEEN)
         enough = seen['formulas'] >= f.read_text().count('<a id="eq-')
-        assert enough and not seen['failed'] and not seen['left'] and not errors, (f.name, seen, errors)
+        assert enough and not errors, (f.name, seen, errors)
+        assert not seen['failed'] and not seen['left'], (f.name, seen)
         assert seen['shown'], f.name
         assert seen['beyond'] <= 1, f'{f.name} scrolls sideways on a {now}'
         now, other = other, now

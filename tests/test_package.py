@@ -53,18 +53,17 @@ def build(source, to):
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
+def wheel(once):
     need_backend()
-    return build(ROOT, tmp_path_factory.mktemp('wheel'))
+    return next(once('wheel', lambda folder: build(ROOT, folder)).glob('dist/*.whl'))
 
 
 @pytest.fixture(scope='module')
-def installed(wheel, tmp_path_factory):
+def installed(wheel, once):
     "An otherwise empty folder with the wheel."
-    to = tmp_path_factory.mktemp('installed')
-    said(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--no-compile',
-         '--disable-pip-version-check', '--target', str(to), str(wheel))
-    return to
+    return once('installed', lambda to: said(
+        sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--no-compile',
+        '--disable-pip-version-check', '--target', str(to), str(wheel)))
 
 
 def test_the_wheel_holds_the_package_but_rare_weights(wheel):

@@ -309,28 +309,36 @@ def still(model, x, step):
     return Terms((rec + kl_z.sum(-1) + kl_c).mean(), rec, kl_z, kl_c)
 
 
-def one_of_two(rank, port, folder, steps, noise):
-    "A process of a run that two share; `noise`: the usual objective, which draws codes."
+def one_of_two(rank, port, runs, noise):
+    """A process of `runs`, (folder, steps) each, that two share; `noise`: the usual objective, which
+    draws codes."""
     dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    model = build(preset('digits.entangled', n_z=3, n_c=0))
-    curves = fit(model, elbo if noise else still, load('digits').x, steps, 16, folder=folder,
-                 every=4, log=2, progress=False)
-    save_weights(Path(folder)/f'{rank}.safetensors', model, '')
-    curves.to_csv(Path(folder)/f'{rank}.csv', index=False)
+    for n, (folder, steps) in enumerate(runs):
+        torch.manual_seed(100*n + rank)                           # as different as new processes
+        model = build(preset('digits.entangled', n_z=3, n_c=0))
+        curves = fit(model, elbo if noise else still, load('digits').x, steps, 16, folder=folder,
+                     every=4, log=2, progress=False)
+        save_weights(folder/f'{rank}.safetensors', model, '')
+        curves.to_csv(folder/f'{rank}.csv', index=False)
     dist.destroy_process_group()
 
 
-def two(folder, steps, noise=False):
+def two(runs, noise=False):
+    "What two processes leave in the folder of the last of `runs` that they share."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, str(folder), steps, noise), 2)
-    return [[(Path(folder)/f'{rank}.{kind}').read_bytes() for kind in ('safetensors', 'csv')]
+    torch.multiprocessing.spawn(one_of_two, (port, runs, noise), 2)
+    return results(runs[-1][0])
+
+
+def results(folder):
+    return [[(folder/f'{rank}.{kind}').read_bytes() for kind in ('safetensors', 'csv')]
             for rank in (0, 1)]
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    first, second = two(tmp_path, 8)
+    first, second = two([(tmp_path, 8)])
     assert first == second
     alone = build(preset('digits.entangled', n_z=3, n_c=0))
     curves = fit(alone, still, load('digits').x, 8, 16, log=2, progress=False)
@@ -341,9 +349,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def test_two_processes_draw_different_noise_and_resume_to_the_same_bytes(tmp_path):
-    straight = two(tmp_path/'straight', 8, noise=True)
-    two(tmp_path/'stopped', 4, noise=True)
-    assert two(tmp_path/'stopped', 8, noise=True) == straight
+    runs = [(tmp_path/'straight', 8), (tmp_path/'stopped', 4), (tmp_path/'stopped', 8)]
+    assert two(runs, noise=True) == results(tmp_path/'straight')
     state = torch.load(tmp_path/'stopped'/'checkpoint.pt', weights_only=True)
     first, second = (s['random']['cpu'] for s in state['each'])
     assert not torch.equal(first, second)

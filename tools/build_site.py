@@ -241,7 +241,7 @@ def index(found):
 
 
 def has_formulas(body):
-    "Whether a page's HTML has a dollar outside of code: only then MathJax, which is large, is loaded."
+    "Whether a page's HTML has a dollar outside of code: only then it loads MathJax, which is large."
     return '$' in plain(re.sub(r'(?s)<(pre|code)\b.*?</\1>', '', body))
 
 
