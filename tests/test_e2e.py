@@ -254,7 +254,8 @@ SEEN = f"""async () => {{
     while (texts.nextNode()) if (!texts.currentNode.parentElement.closest('pre, code'))
         left.push(...(texts.currentNode.data.match(/[$][^$]+[$]/g) ?? []));
     return {{formulas: count('mjx-container'), failed: count('[data-mjx-error]'), left,
-             beyond: {BEYOND}, shown: [...document.images].every(i => i.complete && i.naturalWidth)}} }}"""
+             beyond: {BEYOND},
+             shown: [...document.images].every(i => i.complete && i.naturalWidth)}} }}"""
 WIDTHS = {'phone': {'width': 390, 'height': 900}, 'desk': {'width': 1280, 'height': 900}}
 
 
