@@ -17,6 +17,10 @@ SENTENCES = """
  against {thesis.entangled 1} %
 from {output.knows.gap 1} points ({output.knows.gap.low 1} to {output.knows.gap.high 1})
  to {damage.knows.gap +1} ({damage.knows.gap.low 1} to {damage.knows.gap.high 1})
+it goes from {other.targeted.gap 1} ({other.targeted.gap.low 1} to {other.targeted.gap.high 1};
+ two attackers with a target) to {other.damage.gap +1} ({other.damage.gap.low 1} to {other.damage.gap.high 1};
+is {other.radius.ratio 2} times as large for disentangled models
+ ({other.radius.ratio.low 2} to {other.radius.ratio.high 2}; three seeds)
 changes {any.disentangled 1} % of disentangled and {any.entangled 1} % of entangled
 by {lambda_1.gap 0} points ({lambda_1.gap.low 0} to {lambda_1.gap.high 0})
 ({udr.disentangled 2} and {udr.entangled 2})
@@ -150,4 +154,10 @@ def test_a_query_by_hand(tmp_path):
     assert ask_table('toy', "rate a where attack == 'x'", tmp_path)[0] == pytest.approx(60)
     assert ask_table('toy', 'rate_gap a b', tmp_path)[0] == pytest.approx(40)
     assert ask_table('toy', "total missed where model == 'b'", tmp_path) == (4, None, None, 2)
-    assert set(KINDS) == {'rate', 'rate_gap', 'rise', 'cell', 'inverse', 'total', 'average'}
+    made = pd.DataFrame({'goal': [*'ab'], 'gap': [1., 2.], 'low': [0., 1.], 'high': [3., 4.]})
+    made.to_csv(tmp_path/'made.csv', index=False)
+    assert ask_table('made', "estimate gap where goal == 'b'", tmp_path) == (2, 1, 4, 1)
+    made.assign(n=5).to_csv(tmp_path/'made.csv', index=False)
+    assert ask_table('made', "estimate gap where goal == 'a'", tmp_path) == (1, 0, 3, 5)
+    assert set(KINDS) == {'rate', 'rate_gap', 'rise', 'cell', 'inverse', 'estimate', 'total',
+                          'average'}

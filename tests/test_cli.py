@@ -111,8 +111,8 @@ def test_every_section_is_in_one_list_and_completed():
 
 def test_a_study_with_a_draw_asks_for_the_measures_of_the_protocol(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr('vae_robust.experiments.confirm.publish_measures',
-                        lambda name, study, runs, folder, **_: seen.append((name, study.draw, folder)))
+    note = lambda name, study, runs, folder, **_: seen.append((name, study.draw, folder))
+    monkeypatch.setattr('vae_robust.experiments.confirm.publish_measures', note)
     text = invoked('study', 'study.rehearsal', '--runs', tmp_path, '--figures', tmp_path)
     assert seen == [('rehearsal', 1, tmp_path)] and '6 cells, 0 done' in text
     asked = every_study()
@@ -165,7 +165,7 @@ def test_changed_settings_have_a_folder_of_their_own(tmp_path):
 
 
 def test_another_job_leaves_the_figures_of_the_main_one_alone(tmp_path, smoke_job):
-    shutil.copytree(smoke_job/'runs', tmp_path, dirs_exist_ok=True)  # its cells need not be computed
+    shutil.copytree(smoke_job/'runs', tmp_path, dirs_exist_ok=True)  # its cells are computed
     before = {p: p.stat().st_mtime_ns for p in (root()/'figures').iterdir()}
     assert CliRunner().invoke(app, ['reproduce', '--job', 'job.smoke', '--runs',
                                     str(tmp_path)]).exit_code == 0

@@ -187,7 +187,9 @@ def test_latent_explorer(opened):
         explorer.changes(lambda: handle.press(key))
         waits.append(page.evaluate('window.times[0]'))
     keep(page, 'explorer', key_to_picture_ms=statistics.median(waits), each=waits)
+    page.wait_for_function(IDLE)  # all keys are drawn
     explorer.changes(lambda: explorer.button('reset').click())
+    page.wait_for_function(IDLE)
     rest, where = explorer.bytes(), handle.bounding_box()
     def drag():
         page.mouse.move(where['x'] + where['width']/2, where['y'] + where['height']/2)

@@ -39,6 +39,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'vae_robust.claims.average': ('a4_claims.html#average', 'vae_robust/claims.py'),
                                    'vae_robust.claims.cell': ('a4_claims.html#cell', 'vae_robust/claims.py'),
                                    'vae_robust.claims.claims': ('a4_claims.html#claims', 'vae_robust/claims.py'),
+                                   'vae_robust.claims.estimate': ('a4_claims.html#estimate', 'vae_robust/claims.py'),
                                    'vae_robust.claims.inverse': ('a4_claims.html#inverse', 'vae_robust/claims.py'),
                                    'vae_robust.claims.rate': ('a4_claims.html#rate', 'vae_robust/claims.py'),
                                    'vae_robust.claims.rate_gap': ('a4_claims.html#rate_gap', 'vae_robust/claims.py'),

@@ -59,12 +59,18 @@ def total(rows, column):
     "The sum of `column`."
     return rows[column].sum(), None, None, len(rows)
 
+def estimate(rows, column):
+    "The one number of `column` with the interval beside it, and its `n` if the table has it."
+    n = rows.get('n', pd.Series([len(rows)]))
+    return *rows[[column, 'low', 'high']].iloc[0], n.item()
+
 def average(rows, column):
     "The mean of `column`."
     return rows[column].mean(), None, None, len(rows)
 
 # %% ../nbs/A4_claims.ipynb #04f5c558
-KINDS = {f.__name__: f for f in (rate, rate_gap, rise, cell, inverse, total, average)}
+KINDS = {f.__name__: f for f in (rate, rate_gap, rise, cell, inverse, estimate, total,
+                             average)}
 
 def ask_table(study, query, folder=None):
     "What a `query` finds in the table of a `study`: (value, low, high, n); no interval: None."

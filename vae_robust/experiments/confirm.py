@@ -176,12 +176,15 @@ GOALS = {'noise of the size of the ball': ['noise'], 'latent, blind to the code'
 
 # %% ../../nbs/27_confirm.ipynb #3ea0935a
 def goal_row(table, a, b, attacks, judges=JUDGES, hit=False, **draws):
-    "Mean rates of the arms `a` and `b` in percent, their difference in points and its interval."
+    """Mean rates of the arms `a` and `b` in percent, their difference in points, its interval, and
+    the smaller number of seeds."""
     classes = table.drop_duplicates(['source', 'target', 'image']).source.to_numpy()
-    own = {m: np.mean(class_rates(arm_of(table, m, attacks, judges, hit), classes)) for m in (a, b)}
+    arms = {m: arm_of(table, m, attacks, judges, hit) for m in (a, b)}
+    own = {m: np.mean(class_rates(arm, classes)) for m, arm in arms.items()}
+    n = min(len(kept) for kept, _ in arms.values())
     found, _ = rate_contrast(table, a, b, attacks, judges, hit, **draws)
     low, high = interval(found.draws)
-    return own | {'difference': found.estimate, 'low': low, 'high': high}
+    return own | {'difference': found.estimate, 'low': low, 'high': high, 'n': n}
 
 # %% ../../nbs/27_confirm.ipynb #dee48daf
 RULES = {'rate': (5., 6.), 'radius': (np.log(1.1), np.log(1.25))}  # what matters, the same's band
