@@ -190,14 +190,16 @@ def goal_row(table, a, b, attacks, judges=JUDGES, hit=False, **draws):
 RULES = {'rate': (5., 6.), 'radius': (np.log(1.1), np.log(1.25))}  # what matters, the same's band
 
 def six_tests(rates, rungs, contrasts=CONTRASTS, **draws):
-    "The protocol's table from its two tables of answers: a row for each contrast and measure."
+    """The protocol's table from its two tables of answers: a row for each contrast and measure;
+    `n`: the smaller number of seeds."""
     measures = {'rate': (rate_contrast, rates), 'radius': (radius_contrast, rungs)}
     rows = []
     for (name, arms), (measure, (of, table)) in product(contrasts.items(), measures.items()):
         found, p = of(table, *arms, **draws)
         both = [*interval(found.draws), *interval(found.draws, .9)]
-        rows.append([name, measure, found.estimate, *both, two_sided(found.draws), p])
-    names = 'contrast measure estimate low high low_90 high_90 p p_welch'
+        n = min(table[table.model == m].seed.nunique() for m in arms)
+        rows.append([name, measure, n, found.estimate, *both, two_sided(found.draws), p])
+    names = 'contrast measure n estimate low high low_90 high_90 p p_welch'
     return worded(pd.DataFrame(rows, columns=names.split()))
 
 # %% ../../nbs/27_confirm.ipynb #fad97601
