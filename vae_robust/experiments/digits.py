@@ -47,19 +47,19 @@ def results(study, runs, **pool):
 # %% ../../nbs/23_digits.ipynb #187c8ab1
 def bound(model, x):
     """Reconstruction (B,), KL per latent (B, D) and KL of the categorical (B,) for images x
-    under one exact sample of the code, in nats; no gradient."""
+    under one exact sample of the code, in nats; and its mode, the code (B, n_z + n_c); no gradient."""
     with torch.no_grad():
         q = model.posterior(x)
-        return -model.log_likelihood(x, q.sample()), *kl(q)
+        return -model.log_likelihood(x, q.sample()), *kl(q), q.mode
 
 # %% ../../nbs/23_digits.ipynb #09460f3b
 def bound_of(model, x):
     """The parts of the `bound` over images x in nats: a dict of the means minus_elbo, rec,
-    kl_z, kl_c, and the means of the KL of each latent, the largest first, as text."""
-    rec, kl_z, kl_c = (torch.cat(t) for t in zip(*(bound(model, b) for b in x.split(1000))))
+    kl_z, kl_c; the means of the KL of each latent, the largest first, as text; and the codes."""
+    rec, kl_z, kl_c, code = map(torch.cat, zip(*(bound(model, b) for b in x.split(1000))))
     parts = {'minus_elbo': rec + kl_z.sum(1) + kl_c, 'rec': rec, 'kl_z': kl_z.sum(1), 'kl_c': kl_c}
     each = kl_z.mean(0).sort(descending=True).values
-    return {k: v.mean().item() for k, v in parts.items()}, ' '.join(f'{v:.2f}' for v in each)
+    return {k: v.mean().item() for k, v in parts.items()}, ' '.join(f'{v:.2f}' for v in each), code
 
 # %% ../../nbs/23_digits.ipynb #1dc7c743
 def portrait(model, judge, test, n=100, K=1000, seed=0):
@@ -69,11 +69,10 @@ def portrait(model, judge, test, n=100, K=1000, seed=0):
     with torch.random.fork_rng(), torch.no_grad(), one_thread(), without_subnormals():
         torch.manual_seed(seed)
         x = pixels(test.x)
-        means, kl_per_latent = bound_of(model, x)
-        code = model.posterior(x).mode
+        means, kl_per_latent, code = bound_of(model, x)
         mu, c = code.split([code.shape[1] - model.n_c, model.n_c], 1)
         log_p = torch.cat([log_marginal(model, b, K) for b in x[:n].split(10)]).mean().item()
-        seen = judged(judge, reconstruct(model, x))
+        seen = judged(judge, torch.cat([model.decode(b) for b in code.split(1000)]))
     accuracy = 100*unsupervised_accuracy(test.y, c.argmax(1)) if model.n_c else math.nan
     return means | {'log_p': log_p, 'active': int((mu.var(0) > .01).sum()), 'accuracy': accuracy,
                     'recognised': 100*(seen == test.y).float().mean().item(),
