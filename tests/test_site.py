@@ -118,6 +118,16 @@ def test_search_finds_words_where_they_are(site):
     assert 'A1_settings.html' not in of('gumbel', 'capacity', 'dsprites')
 
 
+def test_in_a_public_repository_each_chapter_says_how_to_run_it_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv('GITHUB_REPOSITORY', 'someone/vae_robust')
+    build_site.write(tmp_path/'mathjax.js', '')
+    build(tmp_path, chapters()[:1])
+    links = [link for link in Page((tmp_path/'00_tour.html').read_text()).links if 'someone' in link]
+    assert len(links) == 2 and all('someone/vae_robust' in link for link in links)
+    assert all((build_site.root()/link[link.index('nbs/'):]).is_file() for link in links)
+    assert 'someone' not in (tmp_path/'index.html').read_text()
+
+
 def test_without_npm_it_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(build_site.shutil, 'which', lambda name: None)
     with pytest.raises(SiteError, match='install Node.js'):

@@ -2,10 +2,11 @@
 search, and the docstrings as a reference, and all of it without a network.
 
 python tools/build_site.py [FOLDER] (`make site`; the folder is _site unless one is given)
+In a workflow of GitHub, which names its repository, each chapter also says how to run it elsewhere.
 
 Three libraries do most of it: nbconvert turns Markdown into HTML and leaves formulas alone,
 Pygments colours code, and MathJax, fetched once by npm, draws formulas in the browser."""
-import html, inspect, json, re, shutil, sys, tarfile, tempfile
+import html, inspect, json, os, re, shutil, sys, tarfile, tempfile
 from importlib import import_module
 from pathlib import Path
 from string import Template
@@ -147,6 +148,18 @@ def reference(name):
 
 # ------------------------------------------------------------------ pages
 
+def elsewhere(file, repository):
+    """HTML that opens the chapter of a page `file` on Binder and Colab, from the main branch of
+    a public `repository` on GitHub, 'owner/name'; '' for pages that are no chapters."""
+    chapter = f'nbs/{Path(file).stem}.ipynb'
+    if not repository or not (root()/chapter).is_file(): return ''
+    binder = f'https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/{chapter}'
+    colab = f'https://colab.research.google.com/github/{repository}/blob/main/{chapter}'
+    return (f'<p class="way"><span>Run this chapter on <a href="{binder}">Binder</a> or on '
+            f'<a href="{colab}">Colab</a>, there with the first cell '
+            f'<code>%pip install -q git+https://github.com/{repository}</code></span></p>')
+
+
 def plain(text):
     "The words of a piece of HTML."
     text = re.sub(r'<style.*?</style>|<[^>]+>', ' ', text, flags=re.S)
@@ -253,7 +266,9 @@ def bound(found):
     for i, (file, title, body) in enumerate(found):
         before = way(i - 1, 'prev') if i else ''
         after = way(i + 1, 'next') if i + 1 < len(found) else ''
-        yield file, page.substitute(title=html.escape(title), body=body, before=before, after=after,
+        run = elsewhere(file, os.environ.get('GITHUB_REPOSITORY'))
+        yield file, page.substitute(title=html.escape(title), run=run, body=body,
+                                    before=before, after=after,
                                     contents=contents(file, titles, body),
                                     mathjax=MATHJAX if has_formulas(body) else '')
 
