@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 from vae_robust.claims import KINDS, ask_table, claims, recomputed, shown
+from vae_robust.settings import TableError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
@@ -142,8 +143,12 @@ def test_a_changed_claim_is_found(column):
 
 
 def test_a_changed_table_is_found(tmp_path):
-    text = (ROOT/'figures'/'bench_training.csv').read_text()
-    (tmp_path/'bench_training.csv').write_text(text.replace('1.757084', '1.957084'))
+    "Its checksum refuses it; without one, its claim is wrong."
+    changed = (ROOT/'figures'/'bench_training.csv').read_text().replace('1.757084', '1.957084')
+    (tmp_path/'bench_training.csv').write_text(changed)
+    with pytest.raises(TableError, match='damaged'):
+        wrong(claims().loc[['speed.training']], tmp_path)
+    (tmp_path/'bench_training.csv').write_text(changed.partition('\n')[2])
     assert wrong(claims().loc[['speed.training']], tmp_path) == ['speed.training']
 
 

@@ -838,6 +838,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vae_robust.settings.Study.axes': ('a1_settings.html#study.axes', 'vae_robust/settings.py'),
                                      'vae_robust.settings.Study.budget': ('a1_settings.html#study.budget', 'vae_robust/settings.py'),
                                      'vae_robust.settings.TableError': ('a1_settings.html#tableerror', 'vae_robust/settings.py'),
+                                     'vae_robust.settings.alike': ('a1_settings.html#alike', 'vae_robust/settings.py'),
                                      'vae_robust.settings.commit': ('a1_settings.html#commit', 'vae_robust/settings.py'),
                                      'vae_robust.settings.complaint': ('a1_settings.html#complaint', 'vae_robust/settings.py'),
                                      'vae_robust.settings.content': ('a1_settings.html#content', 'vae_robust/settings.py'),

@@ -557,21 +557,28 @@ def kept_table(path, settings):
 
 # %% ../nbs/A1_settings.ipynb #3caaa2cc
 def content(data):
-    "What the bytes of a PNG, a GIF or a text say but for commit and checksum: to be compared."
+    """What the bytes of a PNG, a GIF or a text say but for commit and checksum, and the frames of a
+    picture: to be compared."""
     if data[:3] not in (b'\x89PN', b'GIF'):
-        return re.sub(r'"(commit|sha256)": "[^"]*"', '', data.decode())
+        return re.sub(r'"(commit|sha256)": "[^"]*"', '', data.decode()), []
     from PIL import Image, ImageSequence  # here: settings are read in many places that draw nothing
     image = Image.open(io.BytesIO(data))
     said = image.info.get('Description', '').encode() or image.info.get('comment', b'')
-    frames = [f.convert('RGBA').tobytes() for f in ImageSequence.Iterator(image)]
-    return image.size, frames, content(said)
+    return (image.size, content(said)), [f.convert('RGBA') for f in ImageSequence.Iterator(image)]
 
 # %% ../nbs/A1_settings.ipynb #9d2687df
+def alike(a, b):
+    "Whether two frames of one size differ by no more than 1 of 255 in every colour and pixel."
+    from PIL import ImageChops
+    return max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
+
+# %% ../nbs/A1_settings.ipynb #9af84fee
 def renew(path, data):
     "`write` `data` (str or bytes) to `path`, unless a file with the same `content` is there."
     data = data.encode() if isinstance(data, str) else data
     with suppress(OSError, ValueError, SyntaxError):  # none, or a damaged one
-        if content(Path(path).read_bytes()) == content(data): return path
+        (said, old), (says, new) = content(Path(path).read_bytes()), content(data)
+        if said == says and len(old) == len(new) and all(map(alike, old, new)): return path
     return write(path, data)
 
 # %% ../nbs/A1_settings.ipynb #abfe2cd8

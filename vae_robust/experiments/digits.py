@@ -47,7 +47,7 @@ def results(study, runs, **pool):
 # %% ../../nbs/23_digits.ipynb #187c8ab1
 def bound(model, x):
     """Reconstruction (B,), KL per latent (B, D) and KL of the categorical (B,) for images x
-    under one exact sample of the code, in nats; and its mode, the code (B, n_z + n_c); no gradient."""
+    under one exact sample of the code, in nats; and its mode (B, n_z + n_c); no gradient."""
     with torch.no_grad():
         q = model.posterior(x)
         return -model.log_likelihood(x, q.sample()), *kl(q), q.mode
