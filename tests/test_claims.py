@@ -22,6 +22,9 @@ it goes from {other.targeted.gap 1} ({other.targeted.gap.low 1} to {other.target
  two attackers with a target) to {other.damage.gap +1} ({other.damage.gap.low 1} to {other.damage.gap.high 1};
 is {other.radius.ratio 2} times as large for disentangled models
  ({other.radius.ratio.low 2} to {other.radius.ratio.high 2}; three seeds)
+changes {flips.disentangled.code 1} % of disentangled digits and its means alone
+ {flips.disentangled.means 1} %; of entangled digits {flips.entangled.code 1}
+ and {flips.entangled.means 1} %.
 changes {any.disentangled 1} % of disentangled and {any.entangled 1} % of entangled
 by {lambda_1.gap 0} points ({lambda_1.gap.low 0} to {lambda_1.gap.high 0})
 ({udr.disentangled 2} and {udr.entangled 2})
@@ -30,14 +33,14 @@ raise the rates of disentangled models
  points and those of entangled ones by {damage.rise.entangled 0} to {latent.rise.entangled 0}
 at {speed.training 1} times the speed of a DataLoader
 takes {speed.attack 1} of the time of the fastest of four other packages
-take {speed.metrics -1} seconds for 10,000 points""".strip().replace('\n ', ' ').split('\n')
+""".strip().replace('\n ', ' ').split('\n')
 
 ROWS = {'latent': 'latent', 'output': 'output', 'maximum damage': 'damage', 'judge': 'judge'}
 PLACE = re.compile(r'\{([\w.]+?)(?:\.(low|high))? (\+?)(-?\d)\}')
 
 NOT_RESULTS = [  # what the setting is, and not what was found
     '(0 to 1)', 'at most 0.1', 'In 2018', '180 pairs', '95 %', 'its 52 models', 'Python 3.11',
-    '6.5 GB', '5 of them', 'about 10 minutes', 'for 10,000 points',
+    '6.5 GB', 'about 10 minutes',
     'CC BY-SA 3.0', '2018']
 
 

@@ -7,7 +7,7 @@ import ast, json, re
 from pathlib import Path
 
 NBS = Path(__file__).parent.parent/'nbs'
-FOLDED = re.compile(r'(0\d|1\d|2[0-2]|A0)_.*')  # the chapters whose cells are folded
+FOLDED = re.compile(r'(\d\d|A0)_.*')  # not the plumbing of the appendices
 SETS_UP = (r'(torch\.(set_num_threads|set_default_dtype|manual_seed)|plt\.rcParams|'
            r'warnings\.simplefilter)\b')
 DRAWS = r'\b(plt\.(subplots|subplot_mosaic|figure)|show_grid|save_figure)\('
