@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributions import Normal
 
 from vae_robust.experiments import confirm
-from vae_robust.experiments.confirm import ALL, CONTRASTS, JUDGES, TARGETED, Nearest, any_loses, arm_of
+from vae_robust.experiments.confirm import (ALL, CONTRASTS, DOUBLED, JUDGES, TARGETED,
+                                            Nearest, any_loses, arm_of)
 from vae_robust.experiments.confirm import class_rates, is_lost, lost_cells, one_row_each, radii_of
 from vae_robust.experiments.confirm import radius_cells, rate_contrast, six_tests, wide_table
 from vae_robust.radius import ladder, lowest_rung
@@ -136,7 +137,9 @@ def test_the_arms_are_those_of_the_protocol():
     studies = {a: preset(f'study.arm_{a}') for a in 'abcde'}
     assert {a: len(s.seeds) for a, s in studies.items()} == dict(zip('abcde', (12, 8, 12, 10, 10)))
     for s in studies.values():
-        assert s.seeds[0] == 100 and {f'attack.{a}' for a in ALL} <= set(s.attacks)
+        assert s.seeds[0] == 100
+        assert {f'attack.{a}' for a in (*ALL[2:], *DOUBLED)} <= set(s.attacks)
+        assert not {f'attack.{a}' for a in TARGETED} & set(s.attacks)
         assert list(s.judges) == ['judge.residual', *(f'judge.{j}' for j in JUDGES)]
 
 

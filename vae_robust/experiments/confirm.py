@@ -24,7 +24,7 @@ from ..radius import ladder, log_radius, lowest_rung
 from ..judges import judged
 from ..robustness import pairs, reconstruct, trial
 from ..statistics import interval, welch
-from ..settings import AttackPreset, preset, read_table, root, save_csv
+from ..settings import AttackPreset, preset, read_table, root, save_csv, save_table
 from ..studies import ask, cells_of, looks_of, models_of, prepare, restore, table_of
 
 # %% ../../nbs/27_confirm.ipynb #0a32a27e
@@ -32,6 +32,7 @@ CONTRASTS = {'Q1: A - B': ('arm_a', 'arm_b'), 'Q2: C - A': ('arm_c', 'arm_a'),
              'Q2: E - D': ('arm_e', 'arm_d')}
 TARGETED = 'latent_code', 'output_code'                        # T1 and T2
 ALL = *TARGETED, 'damage_code', 'judge_untargeted_code'        # and U1, U2
+DOUBLED = 'latent_code_starts', 'output_code_starts'           # T1 and T2 with twice the starts
 JUDGES = 'strided', 'wide', 'lenet'                            # they score, and no attack sees them
 
 # %% ../../nbs/27_confirm.ipynb #3c79f76f
@@ -88,6 +89,12 @@ def one_row_each(trials):
         seen |= {f'{name}_{j}': rows[f'{j}_after'] for j in judges}
     return first[['source', 'target', 'image']].assign(**seen)
 
+# %% ../../nbs/27_confirm.ipynb #8524225e
+def plainly_named(table):
+    "A `wide_table` whose columns of `DOUBLED` attacks have plain names, unless both are there."
+    names = {c: c.replace('_starts_', '_') for c in table if '_starts_' in c}
+    return table if set(names.values()) & set(table) else table.rename(columns=names)
+
 # %% ../../nbs/27_confirm.ipynb #3bef64aa
 def arm_of(table, model, attacks, judges=JUDGES, hit=False):
     """Of an arm's models: which pairs are kept, and which lost (or `hit`) under any of `attacks`,
@@ -119,7 +126,8 @@ def any_loses(model, judges, attacks, judge, x, x_t, y):
 # %% ../../nbs/27_confirm.ipynb #8e32b8ec
 def radius_cells(study, runs):
     "Cells of the second measure, [(labels, `Cell`)]: one for each model, the attacks in it."
-    asked = [(labels, c.attack) for labels, c in cells_of(study, runs) if labels['attack'] in ALL]
+    counts, cells = (*ALL, *DOUBLED), cells_of(study, runs)
+    asked = [(labels, c.attack) for labels, c in cells if labels['attack'] in counts]
     mine = {labels['attack']: p.model_dump(exclude_defaults=True) for labels, p in asked}
     return looks_of(study, runs, 'radius', attacks=list(mine.values()), draw=study.draw)
 
@@ -222,7 +230,7 @@ def confirm(study, runs, **pool):
     prepare(study, runs, **pool)
     answers = [ask(asked, compute, runs, **pool)
                for asked, compute in zip(sides_of(study, runs), (pairs_of, rungs_of))]
-    return wide_table(answers[0]), table_of(answers[1])
+    return plainly_named(wide_table(answers[0])), table_of(answers[1])
 
 # %% ../../nbs/27_confirm.ipynb #2912d91d
 def publish_measures(name, study, runs, folder=None, **pool):
@@ -253,6 +261,17 @@ def doubling(table):
     "Of a `wide_table` of pilots: for each model the rate in percent under each of `HARDER`."
     classes = table.drop_duplicates(['source', 'target', 'image']).source.to_numpy()
     rates = lambda m, attacks: class_rates(arm_of(table, m, attacks), classes)
-    each = [pd.DataFrame({'model': m} | {k: rates(m, a) for k, a in HARDER.items()})
+    who = lambda m: {'model': m, 'seed': sorted(table[table.model == m].seed.unique())}
+    each = [pd.DataFrame(who(m) | {k: rates(m, a) for k, a in HARDER.items()})
             for m in table.model.unique()]
     return pd.concat(each, ignore_index=True)
+
+# %% ../../nbs/27_confirm.ipynb #55c4c3d6
+def publish_pilots(studies, runs, folder=None, **pool):
+    """Ask the pilots of several `Study`s for their first measure, and write `doubling` of it to
+    pilots.csv and .md in `folder` (figures/); the table."""
+    answers = [a for s in studies for a in ask(lost_cells(s, runs), pairs_of, runs, **pool)]
+    weights = {k: h for s in studies for k, h in hashes_of(s, runs).items()}
+    table = doubling(wide_table(answers))
+    save_table(table, 'pilots', folder, floatfmt='.1f', draw=studies[0].draw, weights=weights)
+    return table
