@@ -34,6 +34,7 @@ export: $(READY)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/fold.py
+	@touch $(READY)  # nbdev writes pyproject.toml again, as it was: nothing is to be installed anew
 
 lint: export
 	$(BIN)/ruff check nbs tests tools

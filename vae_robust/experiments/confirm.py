@@ -275,3 +275,51 @@ def publish_pilots(studies, runs, folder=None, **pool):
     table = doubling(wide_table(answers))
     save_table(table, 'pilots', folder, floatfmt='.1f', draw=studies[0].draw, weights=weights)
     return table
+
+# %% ../../nbs/27_confirm.ipynb #056e39c4
+class Panel(nn.Module):
+    "The mean of the log probabilities of several judges: images (B, C, H, W) to (B, K)."
+    def __init__(self, judges):
+        super().__init__()
+        self.judges = nn.ModuleList(judges)
+    def forward(self, x):
+        return torch.stack([j(x).log_softmax(-1) for j in self.judges]).mean(0)
+
+# %% ../../nbs/27_confirm.ipynb #b8d90016
+def lost_below(model, judges, x, y, eps, steps=60):
+    """Which images x of classes y are lost within radii eps (B,) under an attacker who sees the
+    `judges` that score: boolean (B,)."""
+    p, panel = preset('attack.judge_untargeted_code', steps=steps), Panel(judges).eval()
+    found = attack(model, x, None, p, eps=eps, judge=panel, seed=7, progress=False).x
+    seen = torch.stack([judged(j, reconstruct(model, found)) for j in judges], 1)
+    return torch.from_numpy(is_lost(seen, y))
+
+# %% ../../nbs/27_confirm.ipynb #c330b1af
+def below_cells(study, runs, rungs, n=36, steps=60, down=3):
+    """Cells that ask of `n` images of each model in a table `rungs` whether they are lost at radii
+    `down` rungs below those found, [(labels, `Cell`)]."""
+    for labels, cell in looks_of(study, runs, 'below'):
+        mine = rungs[(rungs.model == labels['model']) & (rungs.seed == labels['seed'])]
+        found = mine.reset_index(drop=True).query('kept and rung >= 0')
+        if found.empty: continue
+        some = found.sample(min(n, len(found)), random_state=0).sort_index()
+        options = {'rows': some.index.tolist(), 'rungs': (some.rung + down).tolist()}
+        yield labels, cell._replace(options=options | {'draw': study.draw, 'steps': steps})
+
+# %% ../../nbs/27_confirm.ipynb #50548b6d
+def below_of(cell, runs):
+    "Of the images of a cell of `below_cells`: which are lost there; the first judge is not asked."
+    model, data = restore(cell.model, runs), load(cell.model.preset.data, 'test')
+    _, *judges = [restore(w, runs) for w in cell.judges.values()]
+    source = pairs(data.y, 1, cell.options['draw'])[cell.options['rows'], 0]
+    eps = ladder()[torch.tensor(cell.options['rungs']).clamp(max=len(ladder()) - 1)]
+    x, y = pixels(data.x[source]), data.y[source]
+    fell = lost_below(model, judges, x, y, eps, cell.options['steps'])
+    return pd.DataFrame({'image': source, 'eps': eps, 'lost': fell})
+
+# %% ../../nbs/27_confirm.ipynb #c9a544d1
+def publish_below(name, study, runs, folder=None, n=36, steps=60, **pool):
+    """Write what `below_of` finds on the models of a `Study` below the radii in `name`_rungs.csv
+    to `name`_below.csv in `folder` (figures/); the table. Resumes in the folder `runs`."""
+    asked = [*below_cells(study, runs, measures(name, folder)[1], n, steps)]
+    return save_csv(table_of(ask(asked, below_of, runs, **pool)), f'{name}_below', folder, down=3)
