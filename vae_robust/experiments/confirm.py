@@ -315,7 +315,7 @@ def below_of(cell, runs):
     eps = ladder()[torch.tensor(cell.options['rungs']).clamp(max=len(ladder()) - 1)]
     x, y = pixels(data.x[source]), data.y[source]
     fell = lost_below(model, judges, x, y, eps, cell.options['steps'])
-    return pd.DataFrame({'image': source, 'eps': eps, 'lost': fell})
+    return pd.DataFrame({'image': source, 'eps': eps.double(), 'lost': fell})
 
 # %% ../../nbs/27_confirm.ipynb #c9a544d1
 def publish_below(name, study, runs, folder=None, n=36, steps=60, **pool):
