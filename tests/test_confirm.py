@@ -135,9 +135,8 @@ def test_the_arms_are_those_of_the_protocol():
     assert [(arms[a].C_z, arms[a].C_steps, arms[a].gamma) for a in 'acde'] == [
         (5, 25_000, 30), (7.3, 25_000, 30), (19, 50_000, 30), (21.3, 50_000, 30)]
     studies = {a: preset(f'study.arm_{a}') for a in 'abcde'}
-    assert {a: len(s.seeds) for a, s in studies.items()} == dict(zip('abcde', (12, 8, 12, 10, 10)))
     for s in studies.values():
-        assert s.seeds[0] == 100
+        assert s.seeds == tuple(range(100, 106))  # a deviation, chapter 27
         assert {f'attack.{a}' for a in (*ALL[2:], *DOUBLED)} <= set(s.attacks)
         assert not {f'attack.{a}' for a in TARGETED} & set(s.attacks)
         assert list(s.judges) == ['judge.residual', *(f'judge.{j}' for j in JUDGES)]
