@@ -555,12 +555,17 @@ def kept_table(path, settings):
         facts, notes, _ = parts_of(path)
         if 'sha256' in notes and line_of(facts) == line_of(settings): return read_table(path)
 
+# %% ../nbs/A1_settings.ipynb #25c95ae9
+def rounded(text):
+    "`text` with its longer decimals rounded to eleven digits."
+    return re.sub(r'\d+\.\d{9,}(e[+-]?\d+)?', lambda number: f'{float(number[0]):.11g}', text)
+
 # %% ../nbs/A1_settings.ipynb #3caaa2cc
 def content(data):
     """What the bytes of a PNG, a GIF or a text say but for commit and checksum, and the frames of a
     picture: to be compared."""
     if data[:3] not in (b'\x89PN', b'GIF'):
-        return re.sub(r'"(commit|sha256)": "[^"]*"', '', data.decode()), []
+        return rounded(re.sub(r'"(commit|sha256)": "[^"]*"', '', data.decode())), []
     from PIL import Image, ImageSequence  # here: settings are read in many places that draw nothing
     image = Image.open(io.BytesIO(data))
     said = image.info.get('Description', '').encode() or image.info.get('comment', b'')

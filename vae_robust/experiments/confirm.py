@@ -26,6 +26,8 @@ from ..robustness import pairs, reconstruct, trial
 from ..statistics import interval, welch
 from ..settings import AttackPreset, preset, read_table, root, save_csv, save_table
 from ..studies import ask, cells_of, looks_of, models_of, prepare, restore, table_of
+from ..training import dead
+from ..traversals import kl_per_latent
 
 # %% ../../nbs/27_confirm.ipynb #0a32a27e
 CONTRASTS = {'Q1: A - B': ('arm_a', 'arm_b'), 'Q2: C - A': ('arm_c', 'arm_a'),
@@ -34,6 +36,25 @@ TARGETED = 'latent_code', 'output_code'                        # T1 and T2
 ALL = *TARGETED, 'damage_code', 'judge_untargeted_code'        # and U1, U2
 DOUBLED = 'latent_code_starts', 'output_code_starts'           # T1 and T2 with twice the starts
 JUDGES = 'strided', 'wide', 'lenet'                            # they score, and no attack sees them
+
+# %% ../../nbs/27_confirm.ipynb #c3dedd50
+PROCESSORS = {100: 'AMD EPYC', 101: 'AMD EPYC'}   # on which all arms of a seed are trained
+
+def arm_row(model, x):
+    "Nats of the means and of the category of a `VAE` on images x, and whether it is `dead`."
+    kl_z, kl_c = kl_per_latent(model, x)
+    return {'kl_z': kl_z.sum().item(), 'kl_c': kl_c, 'dead': dead(model, x)}
+
+# %% ../../nbs/27_confirm.ipynb #ecf9baa7
+def publish_arms(studies, runs, folder=None):
+    """Write the trained models of the arms, one `Study` each, to arms.csv and .md in `folder`
+    (figures/): processor, hash, and `arm_row` on the first 2,000 training images; the table."""
+    x = pixels(load('mnist', 'train').x[:2000])
+    there = [(labels, w) for s in studies for labels, w in models_of(s, runs) if w.hash]
+    table = pd.DataFrame([labels | {'processor': PROCESSORS[w.seed], 'hash': w.hash}
+                          | arm_row(restore(w, runs), x) for labels, w in there])
+    save_table(table, 'arms', folder, floatfmt='.2f')
+    return table
 
 # %% ../../nbs/27_confirm.ipynb #3c79f76f
 def is_lost(seen, source):
