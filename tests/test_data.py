@@ -473,3 +473,13 @@ def test_blobs_cover_every_centre_equally():
     found = torch.stack([(x.sum(d)*grid).sum(1)/x.sum((1, 2)) for d in (1, 2)], 1)
     assert (found - 4 - test.y)[inner].abs().max() < .5 and not torch.equal(train.x[:625], test.x)
     assert torch.equal(load('blobs', 'test').x, test.x)
+
+
+def test_faces_are_drawn_once_and_everyone_has_their_own(monkeypatch):
+    few = data.cache(lambda part: data.cartoons(part, {'train': 2, 'test': 2}))
+    monkeypatch.setattr(data, 'drawn', few)
+    first, kinds = load('cartoons', 'test')
+    first.zero_()
+    kinds.fill_(9)
+    again = load('cartoons', 'test')
+    assert again.x.any() and (again.y != 9).any() and few.cache_info().misses == 1

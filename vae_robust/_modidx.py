@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vae_robust.data.eyes': ('data.html#eyes', 'vae_robust/data.py'),
                                  'vae_robust.data.face': ('data.html#face', 'vae_robust/data.py'),
                                  'vae_robust.data.faces': ('data.html#faces', 'vae_robust/data.py'),
+                                 'vae_robust.data.faces_drawn': ('data.html#faces_drawn', 'vae_robust/data.py'),
                                  'vae_robust.data.fetch': ('data.html#fetch', 'vae_robust/data.py'),
                                  'vae_robust.data.fetched': ('data.html#fetched', 'vae_robust/data.py'),
                                  'vae_robust.data.fingerprints': ('data.html#fingerprints', 'vae_robust/data.py'),
