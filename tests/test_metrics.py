@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from scipy import integrate, special, stats
+from scipy import integrate, optimize, special, stats
 from torch import nn
 from torch.distributions import Normal, OneHotCategorical
 
@@ -15,7 +15,8 @@ from vae_robust import metrics
 from vae_robust.metrics import (METRICS, Code, DisentanglementError, Score, active_units,
                                         agreement, beta_score, checked, class_accuracy, code,
                                         concentration, dci, encode, entropies, score_all,
-                                        factor_score, gap, gaussian_tc, importances, metric, mig,
+                                        explained, factor_score, gap, gaussian_tc, importances,
+                                        infomec, lead, metric, mig,
                                         mig_samples, modularity, mutual_information,
                                         sampled_information, sap, table, udr)
 from vae_robust.vae import VAE, Posterior
@@ -85,6 +86,17 @@ def test_dci_known_by_hand(name, values, nominal):
     if name == 'constant':
         assert [s.value for s in found] == [0, 0, 0]
 
+@pytest.mark.parametrize('name, values', [
+    ('perfect', (1, 1, 1)), ('permuted', (1, 1, 1)), ('flipped', (1, 1, 1)),
+    ('rotated', (1/3, 1/3, 1)), ('duplicated', (1, 3/7, 1)), ('constant', (0, 0, 0)),
+    ('missing', (1, .75, .75))])
+@pytest.mark.parametrize('nominal', [(), (0, 1, 2, 3)])
+def test_infomec_known_by_hand(name, values, nominal):
+    found = [s.value for s in infomec(CODES[name], GRID, nominal=nominal, **once)]
+    assert np.allclose(found, values, atol=.01), found
+    if name == 'constant':
+        assert found == [0, 0, 0]
+
 def test_a_code_is_a_function_of_the_factors_too():
     assert mig(lambda v: v, GRID, **once).value > .98
     assert dci(lambda v: -v, GRID, **once).disentanglement.value > .99
@@ -95,6 +107,7 @@ def test_one_factor_or_one_latent_is_no_reason_to_fail():
     assert modularity(z, v, **once).value == pytest.approx(1)
     assert sap(z[:, :1], v, **once).value == pytest.approx(1)
     assert dci(z[:, :1], v, **once).completeness.value == 1
+    assert np.allclose([s.value for s in infomec(z[:, :1], v, **once)], 1)
     assert gaussian_tc(z[:, :1], v, **once).value == 0
 
 
@@ -260,6 +273,77 @@ def test_importances_are_per_factor_and_unseen_images_judge():
         assert (importances(z, noise, np.random.default_rng(0), nominal)[1] < .06).all()
 
 
+# ------------------------------------------- InfoMEC: loops, least squares, a softmax of our own
+def oracle_purities(z, v):
+    "Modularity and compactness (11.15) as they stand in the paper."
+    spread = [max(c) - min(c) for c in z.T]
+    known = [[counted_information(histogram_bin(c, 20), y)/stats.entropy(list(Counter(y).values()))
+              for y in v.T.tolist()] for c, s in zip(z.T, spread) if s > max(spread)/20]
+    pure = lambda rows: np.mean([(max(r)/sum(r) - 1/len(r))/(1 - 1/len(r)) for r in rows])
+    return pure(known), pure([*zip(*known)])
+
+def least_squares(z, y, train):
+    "R squared, on the images that are not in `train`."
+    A = np.c_[z, np.ones(len(z))]
+    w = np.linalg.lstsq(A[train], y[train])[0]
+    return 1 - ((y - A @ w)[~train]**2).mean()/((y[~train] - y[train].mean())**2).mean()
+
+def softmax(z, y, train):
+    "One minus the quotient of log losses, by a gradient of our own and scipy's optimiser."
+    A, Y = np.c_[(z - z.mean(0))/z.std(0), np.ones(len(z))], np.eye(y.max() + 1)[y]
+    def loss(w):
+        p = special.softmax(A[train] @ w.reshape(A.shape[1], -1), 1)
+        return -np.log((p*Y[train]).sum(1)).mean(), (A[train].T @ (p - Y[train])/train.sum()).ravel()
+    w = optimize.minimize(loss, np.zeros(A.shape[1]*Y.shape[1]), jac=True).x.reshape(A.shape[1], -1)
+    told = special.log_softmax(A[~train] @ w, 1)
+    return 1 - (told*Y[~train]).sum()/(np.log(Y[train].mean(0))*Y[~train]).sum()
+
+@pytest.mark.parametrize('seed', range(3))
+def test_infomec_by_its_definition(seed):
+    z, v = random_code(seed)
+    z = np.c_[z, .001*z[:, 0]]  # hardly moves
+    found = infomec(z, v, **once)
+    assert np.allclose([s.value for s in found[:2]], oracle_purities(z, v), atol=1e-8)
+
+@pytest.mark.parametrize('nominal, oracle, near', [((), least_squares, 1e-9),
+                                                   (range(3), softmax, .003)])
+def test_explicitness_by_predictors_of_our_own(nominal, oracle, near):
+    z, v = random_code(1)
+    v = np.minimum(v, [1, 6, 2])  # one of two values, which is three times as frequent as the other
+    for seed in range(3):
+        half = np.isin(np.arange(900), np.random.default_rng(seed).permutation(900)[:450])
+        found = explained(z, v, np.random.default_rng(seed), nominal)
+        assert np.allclose(found, [oracle(z, y, half) for y in v.T], rtol=0, atol=near)
+    score = infomec(z, v, nominal=nominal, seed=5, **once).explicitness.value
+    assert score == pytest.approx(explained(z, v, np.random.default_rng(5), nominal).mean())
+
+@pytest.mark.parametrize('R, value', [
+    (np.eye(3), [1, 1, 1]), (np.ones((2, 5)), [0, 0]), (np.zeros((2, 3)), [0, 0]), ([[2.]], [1]),
+    ([[1, 1, 0, 0], [0, 3, 1, 0]], [1/3, 2/3]), ([[5e-9, 0]], [1])])
+def test_lead_by_hand(R, value): assert np.allclose(lead(np.array(R, float)), value)
+
+def test_noise_is_judged_by_images_not_learnt_from():
+    rng = np.random.default_rng(0)
+    z, v = rng.normal(size=(300, 40)), rng.integers(5, size=(300, 4))
+    for nominal in ((), range(4)):
+        assert infomec(z, v, nominal=nominal, **once).explicitness.value < .02
+
+def test_latents_that_hardly_move_do_not_count():
+    rng = np.random.default_rng(0)
+    dead = np.c_[UNIT @ TURN, np.full(len(UNIT), 3.), .01*rng.normal(size=len(UNIT))]
+    whole, without = infomec(dead, GRID, **once), infomec(UNIT @ TURN, GRID, **once)
+    assert [s.value for s in whole[:2]] == [s.value for s in without[:2]]
+    assert infomec(dead, GRID, least=0, **once).modularity.value < without.modularity.value - .01
+
+def test_a_value_that_occurs_once_is_no_reason_to_fail():
+    z, v = random_code(2, n=60)
+    v[7, 0], v[:, 1] = 99, np.arange(60) == 3
+    for seed in range(6):
+        parts = infomec(z, v, nominal=[0, 1], seed=seed, halves=3)
+        assert all(0 <= s.value <= 1 and np.isfinite(s.error) for s in parts)
+    assert 0 <= infomec(z, np.arange(60), nominal=[0], halves=2).explicitness.value <= 1
+
+
 # ---------------------------------------------------------------- SAP from its definition
 def oracle_sap(z, v, nominal=()):
     total = 0
@@ -422,10 +506,13 @@ def test_accuracy_of_a_code_and_of_a_posterior():
 
 # ---------------------------------------------------------------- what may not matter
 LAWS = {'mig': mig, 'sap': sap, 'modularity': modularity, 'samples': mig_samples,
-        'dci': lambda *a, **kw: dci(*a, **kw).disentanglement, 'units': active_units}
+        'dci': lambda *a, **kw: dci(*a, **kw).disentanglement, 'units': active_units,
+        'InfoM': lambda *a, **kw: infomec(*a, **kw).modularity,
+        'InfoC': lambda *a, **kw: infomec(*a, **kw).compactness,
+        'InfoE': lambda *a, **kw: infomec(*a, nominal=[0], **kw).explicitness}
 
 @quick
-@given(seeds, st.sampled_from(['mig', 'sap', 'modularity', 'samples', 'dci']))
+@given(seeds, st.sampled_from(['mig', 'sap', 'modularity', 'samples', 'dci', 'InfoM', 'InfoC', 'InfoE']))
 def test_scores_lie_between_0_and_1(seed, name):
     q, v = sampled_case(seed, n=120)
     assert 0 <= LAWS[name](q, v, **once).value <= 1 + 1e-9
@@ -437,6 +524,15 @@ def test_order_sign_and_scale_of_latents_do_not_matter(seed, order, scale):
     z, v = random_code(seed, n=200)
     for m in (mig, sap, modularity):
         assert abs(m(z, v, **once).value - m((z*scale)[:, order], v, **once).value) < .02
+
+@quick
+@given(seeds, st.permutations(range(5)),
+       st.lists(st.sampled_from([-3., -.5, 1., 10.]), min_size=5, max_size=5))
+def test_order_sign_and_scale_of_latents_do_not_matter_to_infomec(seed, order, scale):
+    z, v = random_code(seed, n=200)
+    values = lambda z, **kw: np.array([s.value for s in infomec(z, v, nominal=[0], **kw, **once)])
+    assert np.allclose(values(z), values(-7*z[:, order]), atol=.02)     # the same unit for all
+    assert np.allclose(values(z, least=0), values((z*scale)[:, order], least=0), atol=.02)
 
 @quick
 @given(seeds)
@@ -525,9 +621,10 @@ def test_evaluate_a_network_and_a_function():
     assert list(table.columns) == ['value', 'error']
     assert 'MIG, samples' in table.index
     assert 'DCI completeness' in table.index
-    assert len(table) == len(METRICS) + 2
+    assert 'InfoMEC explicitness' in table.index
+    assert len(table) == len(METRICS) + 4  # two of them have three parts
     plain = score_all(lambda x: x.reshape(len(x), -1)[:, :3].numpy(), x, v, halves=2)
-    assert 'MIG, samples' not in plain.index and len(plain) == len(METRICS) + 1
+    assert 'MIG, samples' not in plain.index and len(plain) == len(METRICS) + 3
     assert score_all(v, None, v, {'SAP': partial(sap, nominal=[0])}, halves=0).value.SAP > .5
 
 
@@ -614,6 +711,11 @@ def test_information_from_posteriors_is_a_number_and_knows_no_shift(std, shift):
     (lambda z, v: mig(Code(z, z[:, :2]), v), 'deviations'),
     (lambda z, v: mig_samples(Code(z, -np.ones_like(z)), v), 'negative'),
     (lambda z, v: dci(z, v, nominal=[7]), 'nominal = .7.: there are 2 factors'),
+    (lambda z, v: infomec(z, v, nominal=[2]), 'nominal = .2.: there are 2 factors'),
+    (lambda z, v: infomec(z, v, bins=1), 'bins = 1'),
+    (lambda z, v: infomec(z, v, least=-1), 'least = -1'),
+    (lambda z, v: infomec(z[:, 0, None, None], v), 'shape .N, D.'),
+    (lambda z, v: infomec(z[1:], v), 'of the same images'),
     (lambda z, v: sap(z, v, nominal=[-3]), 'nominal'),
     (lambda z, v: sap(z, v, nominal=['x']), 'nominal'),
     (lambda z, v: beta_score(z, v, votes=1), 'take more'),
@@ -633,7 +735,8 @@ def test_what_no_metric_can_do_gets_a_sentence(score, words):
 def test_factors_without_order_may_be_counted_from_the_end():
     z, v = code_of_two()
     for m in (lambda n: dci(z, v[:, ::-1], nominal=n, halves=0).informativeness.value,
-              lambda n: sap(z, v, nominal=n, halves=0).value):
+              lambda n: sap(z, v, nominal=n, halves=0).value,
+              lambda n: infomec(z, v[:, ::-1], nominal=n, halves=0).explicitness.value):
         assert m([-1]) == m([1])
 
 

@@ -6,8 +6,8 @@ lead of the latent that knows most about a factor over the runner-up. And what i
 
 # %% auto #0
 __all__ = ['METRICS', 'DisentanglementError', 'Code', 'code', 'Score', 'mutual_information', 'entropies', 'mig', 'mig_samples',
-           'modularity', 'DCI', 'dci', 'sap', 'factor_score', 'beta_score', 'active_units', 'gaussian_tc',
-           'class_accuracy', 'udr', 'encode', 'score_all']
+           'modularity', 'dci', 'sap', 'factor_score', 'beta_score', 'active_units', 'gaussian_tc', 'class_accuracy',
+           'udr', 'infomec', 'encode', 'score_all']
 
 # %% ../nbs/11_metrics.ipynb #4a90d866
 from functools import WRAPPER_ASSIGNMENTS, partial
@@ -19,7 +19,7 @@ import torch
 from scipy.special import entr
 from scipy.stats import rankdata
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import mutual_info_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -486,6 +486,66 @@ def udr(codes, *, # of the same images, as in `code`, by M >= 2 models trained w
     rng = np.random.default_rng(seed)
     return Score(medians(all_z, None, None), over_halves(medians, all_z, z[0], rng, halves))
 
+# %% ../nbs/11_metrics.ipynb #9eb6e27f
+def lead(R): # (n, m): none negative
+    """Of each row the lead of its largest number over the mean of the others, as a share of the sum:
+    (n,), in [0, 1]; 0 where all are equal, or 0. (11.15)"""
+    top, total = R.max(1), R.sum(1)
+    return ratio(top - (total - top)/max(R.shape[1] - 1, 1), total)
+
+# %% ../nbs/11_metrics.ipynb #5a25d3be
+def wide(z, least=.05):
+    "Which latents of z (N, D) have more than the share `least` of the widest range: (D,)."
+    return np.ptp(z, 0) > least*np.ptp(z, 0).max()
+
+# %% ../nbs/11_metrics.ipynb #e35941a6
+def squared_errors(z, y, train, test):
+    """Mean squared errors for y (N,) on the rows `test`: of the mean, and of linear regression
+    on z (N, D), both learnt on the rows `train`."""
+    fit = make_pipeline(StandardScaler(), LinearRegression()).fit(z[train], y[train])
+    return ((y[test] - y[train].mean())**2).mean(), ((y[test] - fit.predict(z[test]))**2).mean()
+
+# %% ../nbs/11_metrics.ipynb #c3111fbb
+def log_losses(z, y, train, test):
+    """Nats per value of y (N,) on the rows `test`: by the frequencies, and by logistic regression
+    on z (N, D), both of the rows `train`. Values that do not occur there are not asked for."""
+    test = test[np.isin(y[test], y[train])]
+    values, counts = np.unique(y[train], return_counts=True)
+    if len(values) < 2 or not len(test): return 0., 0.
+    fit = make_pipeline(StandardScaler(), LogisticRegression(C=1000, max_iter=1000))
+    own = np.searchsorted(values, y[test])
+    p = fit.fit(z[train], y[train]).predict_proba(z[test])[np.arange(len(own)), own]
+    return -np.log(counts/counts.sum())[own].mean(), -np.log(p.clip(1e-300)).mean()
+
+# %% ../nbs/11_metrics.ipynb #ee69c145
+def explained(z, v, rng, # codes (N, D), factors (N, K), numpy Generator
+              nominal=()): # the numbers of the factors without order
+    "Of each factor the share that a linear predictor explains on a random half, (11.16): (K,)."
+    train, test = np.array_split(rng.permutation(len(v)), 2)
+    H = np.array([(log_losses if k in nominal else squared_errors)(z, y, train, test)
+                  for k, y in enumerate(v.T)])
+    return ratio(H[:, 0] - H[:, 1], H[:, 0]).clip(0)
+
+# %% ../nbs/11_metrics.ipynb #952501fc
+class InfoMEC(NamedTuple):
+    "The three numbers of (11.15) and (11.16)."
+    modularity: Score
+    compactness: Score
+    explicitness: Score
+
+# %% ../nbs/11_metrics.ipynb #e3c8f717
+@metric
+def infomec(q, v, rng, bins=20, nominal=(), least=.05):
+    """Modularity and compactness (11.15) on histograms of the means, explicitness (11.16):
+    each a `Score` in [0, 1]. Factors whose numbers are in `nominal` are classified, the others
+    regressed. Latents with at most the share `least` of the widest range are left out of the
+    first two; without any, 0. Hsu et al. 2023, arXiv:2305.18378."""
+    alive = wide(q.mean, least)
+    if not alive.any(): return InfoMEC(0., 0., 0.)
+    NMI = ratio(mutual_information(q.mean[:, alive], v, bins), entropies(v)).round(9)
+    parts = lead(NMI), lead(NMI.T), explained(q.mean, v, rng, nominal)
+    return InfoMEC(*(float(part.mean()) for part in parts))
+
 # %% ../nbs/11_metrics.ipynb #0d100639
 @torch.no_grad()
 def encode(represent, x, batch=1000):
@@ -502,7 +562,7 @@ def encode(represent, x, batch=1000):
 
 # %% ../nbs/11_metrics.ipynb #a6954063
 METRICS = {'MIG': mig, 'MIG, samples': mig_samples, 'modularity': modularity, 'DCI': dci,
-           'SAP': sap, 'FactorVAE': factor_score,
+           'InfoMEC': infomec, 'SAP': sap, 'FactorVAE': factor_score,
            'beta-VAE': beta_score, 'active units': active_units, 'TC': gaussian_tc}
 
 # %% ../nbs/11_metrics.ipynb #b69c1168

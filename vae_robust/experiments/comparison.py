@@ -44,8 +44,9 @@ def mig_no_shape(represent, factors, **settings):
     return mig(represent, factors[:, 1:], **settings)
 
 # %% ../../nbs/25_comparison.ipynb #f7644e56
-MEASURES = METRICS | {'DCI': partial(dci, nominal=[0]), 'SAP': partial(sap, nominal=[0]),
-                      'MIG, no shape': mig_no_shape}
+MEASURES = {n: m for n, m in METRICS.items() if n != 'InfoMEC'}
+MEASURES |= {'DCI': partial(dci, nominal=[0]), 'SAP': partial(sap, nominal=[0]),
+             'MIG, no shape': mig_no_shape}
 
 # %% ../../nbs/25_comparison.ipynb #03504928
 @torch.no_grad()
