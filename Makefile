@@ -1,6 +1,6 @@
 # make run    set up, then the main job: train or load the models, attack them, print the tables, write figures/
-# make test   set up, then every test          make lab     set up, then open the notebooks
-# make test-all  the same with 1,000 draws of random attacks instead of 60, then all broken formulas
+# make test   set up, then the tests           make lab     set up, then open the notebooks
+# make test-all  the same with 1,000 draws of random attacks instead of 60 and the slow tests, then all broken formulas
 # make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/
 # make lint   export, then look for wide lines, unused names and other slips; `pre-commit install` does it at every commit
 # make site   the notebooks as web pages, to be read without a network: _site/index.html

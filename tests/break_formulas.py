@@ -6,11 +6,15 @@ python tests/break_formulas.py                  all of them (make break)
 python tests/break_formulas.py --chapter 07     those of one chapter
 python tests/break_formulas.py --sample 6 --seed 1"""
 import argparse, contextlib, io, json, os, random, signal, sys, tempfile, time, traceback
+from importlib import import_module
 from pathlib import Path
+
+from forks import OTHERS, SETTINGS
 
 ROOT = Path(__file__).parent.parent
 WITHIN = 10  # code cells after the broken one; seconds
 PATIENCE = 120
+QUIET = SETTINGS | {'MPLBACKEND': 'Agg'}
 
 MUTATIONS = [  # chapter, what stands in one of its cells, what is put there
     ('01', "x.float().div_(255)", "x.float().div_(256)"),
@@ -153,8 +157,7 @@ def first_failure(sources, names):
 
 def chapter(number, mutations):
     "Break the formulas of one chapter: a list of [right, wrong, [cells later, complaint] or None]."
-    os.environ |= {'VAE_ROBUST_SMOKE': '1', 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg',
-                   'PYTHONWARNINGS': 'ignore'}
+    os.environ |= QUIET
     os.chdir(tempfile.mkdtemp())
     sys.path.insert(0, str(ROOT))
     sources, names, at, results = cells(number), {'__name__': '__main__'}, 0, []
@@ -179,6 +182,9 @@ def main():
     if args.sample:
         chosen = random.Random(args.seed).sample(chosen, args.sample)
     noticed, start = 0, time.time()
+    os.environ |= QUIET
+    for name in OTHERS:  # once, for all chapters
+        import_module(name)
     for number in sorted({c for c, *_ in chosen}):
         mine = [m[1:] for m in chosen if m[0] == number]
         results = forked(chapter, number, mine) or sys.exit(f'chapter {number} does not run')

@@ -11,6 +11,18 @@ from vae_robust.vae import VAE
 
 torch.set_num_threads(1)
 
+FIRST = ['test_notebooks', 'test_e2e', 'test_break_formulas', 'test_sweep']  # where the longest are
+
+
+def pytest_collection_modifyitems(config, items):
+    """The tests marked as slow are for `make test-all`. The longest go first: else one process
+    would be left with one of them when all others are done."""
+    if 'VAE_ROBUST_DRAWS' not in os.environ:
+        slow = [i for i in items if i.get_closest_marker('slow')]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [i for i in items if i not in slow]
+    items.sort(key=lambda i: FIRST.index(i.path.stem) if i.path.stem in FIRST else len(FIRST))
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -1,4 +1,4 @@
-import math
+import math, os
 from functools import partial
 
 import hypothesis.strategies as st
@@ -42,7 +42,7 @@ def test_projection_is_inside_ball_and_box_and_the_nearest_point(n, eps, scale, 
        st.sampled_from([(4,), (1, 3, 5), (1, 8, 8), (3, 2, 2)]),
        st.sampled_from(['clean', 'nan', 'huge']),
        st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=int(os.environ.get('VAE_ROBUST_DRAWS', 60)), deadline=None)
 def test_no_attack_leaves_ball_or_box(optimiser, ball, eps, noise, steps, step, switch, restarts,
                                       shape, trouble, seed):
     if optimiser == 'lbfgs':

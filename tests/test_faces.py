@@ -1,4 +1,4 @@
-import json, os, subprocess, sys, threading, time
+import json, os, threading, time
 from hashlib import md5
 from functools import partial
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from scipy.stats import ttest_ind
+
+from forks import run_cells
 
 from vae_robust import data, studies
 from vae_robust.experiments import faces as ch15
@@ -630,8 +632,7 @@ def test_the_notebook_can_send_its_trainings_to_other_processes(tmp_path):
     receive = (f'import pickle, pathlib\nf = pickle.loads(pathlib.Path({str(packed)!r}).read_bytes())\n'
                "assert f.__name__ == 'train_faces'")
     for program in (send, receive):
-        subprocess.run([sys.executable, '-c', program], check=True,
-                       env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])})
+        assert run_cells([program], tmp_path) == ''
 
 
 def test_dead_trainings_are_left_out(monkeypatch):

@@ -13,10 +13,17 @@ print(json.dumps([times, sorted(sys.modules)]))
 '''
 
 
+def imported():
+    "The share that the attacks add to the time for torch, and all modules that are there then."
+    run = subprocess.run([sys.executable, '-c', CODE], capture_output=True, text=True, check=True)
+    (a, b, c), modules = json.loads(run.stdout)
+    return (c - b)/(b - a), modules
+
+
 def test_importing_the_attacks_is_light():
-    runs = [subprocess.run([sys.executable, '-c', CODE], capture_output=True, text=True, check=True)
-            for _ in range(5)]
-    found = [json.loads(run.stdout) for run in runs]
-    assert not HEAVY & set(found[0][1])
+    runs = [imported()]
+    assert not HEAVY & set(runs[0][1])
     # torch takes some three seconds: a ratio, since a busy machine slows both
-    assert min((c - b)/(b - a) for (a, b, c), _ in found) <= .12
+    while min(share for share, _ in runs) > .12 and len(runs) < 5:
+        runs.append(imported())
+    assert min(share for share, _ in runs) <= .12

@@ -177,7 +177,7 @@ def sampled_case(seed, n=400):
     each = np.random.default_rng(seed).uniform(.08, .6, (1, z.shape[1]))
     return Code(z, each*np.random.default_rng(seed).uniform(.5, 2, z.shape)), v
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_mig_samples_by_quadrature(seed):
     q, v = sampled_case(seed)
     I = np.array([[oracle_information(q.mean[:, j], q.std[:, j], y) for y in v.T]

@@ -4,6 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
 
+from forks import run_cells
 from test_style import code_lines, too_long
 
 ROOT = Path(__file__).parent.parent
@@ -31,30 +32,59 @@ def status():
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
 
 
+WIDGETS = ['A5_explorer', 'A6_play']  # whose widgets talk to a kernel
+
+
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
 def test_runs_from_top_to_bottom(nb, tmp_path):
     before = status()
-    env = os.environ | {'VAE_ROBUST_SMOKE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-    NotebookClient(nbformat.read(nb, 4), timeout=300,
-                   resources={'metadata': {'path': str(tmp_path)}}).execute(env=env)
+    assert run_cells(code(nb), tmp_path) == ''
     assert status() == before
 
 
-@pytest.fixture(scope='module')
-def exported(tmp_path_factory):
-    "A copy of the project in which everything was exported and cleaned afresh."
-    copy = tmp_path_factory.mktemp('copy')
+@pytest.mark.parametrize('name', WIDGETS)
+def test_runs_in_a_kernel(name, tmp_path):
+    env = os.environ | {'VAE_ROBUST_SMOKE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+    NotebookClient(nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4), timeout=300,
+                   resources={'metadata': {'path': str(tmp_path)}}).execute(env=env)
+
+
+ALONE = """import os, sys
+assert os.getcwd() == os.environ['WHERE'] and 'vae_robust' not in sys.modules
+import vae_robust.vae
+assert not hasattr(vae_robust.vae.VAE.decode, '__wrapped__')  # by the tests, which check types"""
+DRAWN = """from matplotlib import artist, pyplot as plt
+class Stroke(artist.Artist):
+    drawn = 0
+    def draw(self, renderer): Stroke.drawn += 1
+plt.figure().add_artist(Stroke());"""
+
+
+def test_a_notebook_is_run_as_by_a_kernel_and_what_fails_is_found(tmp_path):
+    def found(*cells): return run_cells(cells, tmp_path)
+    where = f"import os\nos.environ['WHERE'] = '{tmp_path}'"
+    assert found(where, ALONE, '1 + 1', 'assert _ == 2') == ''
+    assert found('%%capture said\nprint(1)', "assert said.stdout == '1\\n'", '%pwd') == ''
+    assert found(DRAWN, 'assert Stroke.drawn') == ''
+    assert re.match("x\nTraceback(?s:.*)NameError: name 'x' is not", found('', 'x', 'x = 1'))
+    assert 'SyntaxError' in found('x = (') and 'No module named' in found('import build_site')
+    assert found('import os; os._exit(3)') == 'the interpreter died: 3'
+
+
+def export(copy):
+    "Copies the project, and exports and cleans everything in the copy afresh."
     for name in ('nbs', 'vae_robust'):
         leave = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '*.ini', 'weights')
         shutil.copytree(ROOT/name, copy/name, ignore=leave)
     for f in (copy/'vae_robust').rglob('*.py'):
         f.name == '__init__.py' or f.unlink()
     shutil.copy(ROOT/'pyproject.toml', copy)
-    for tool in ('nbdev_export', 'nbdev_clean'):
-        module = {'nbdev_export': 'nbdev.doclinks', 'nbdev_clean': 'nbdev.clean'}[tool]
-        command = [sys.executable, '-c', f'from {module} import {tool}; {tool}()']
-        subprocess.run(command, cwd=copy, check=True, capture_output=True)
-    return copy
+    command = 'from nbdev import clean, doclinks; doclinks.nbdev_export(); clean.nbdev_clean()'
+    subprocess.run([sys.executable, '-c', command], cwd=copy, check=True, capture_output=True)
+
+
+@pytest.fixture(scope='module')
+def exported(once): return once('exported', export)
 
 
 def test_package_and_notebooks_agree(exported):

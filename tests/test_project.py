@@ -79,7 +79,7 @@ def test_files_and_commands_in_words_exist(page):
     assert {w.split()[1] for w in words if w.startswith('make ')} <= targets()
 
 
-def targets(): return set(re.findall(r'^(\w+):', MAKEFILE, re.M))
+def targets(): return set(re.findall(r'^([\w-]+):', MAKEFILE, re.M))
 
 
 def test_what_contributing_names_is_there():

@@ -1,4 +1,4 @@
-import json, os, shutil, signal, socket, subprocess, sys, time
+import json, os, shutil, signal, socket, subprocess, time
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +7,8 @@ from torch import nn
 from torch.optim import Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from forks import server, started
 
 from vae_robust import training
 from vae_robust.data import load
@@ -80,13 +82,13 @@ def step_of(folder):
                                         (signal.SIGKILL, 27), (signal.SIGTERM, 5),
                                         (signal.SIGINT, 9)])
 def test_a_run_killed_anywhere_and_resumed_gives_the_same_bytes(straight, tmp_path, number, at):
-    process = subprocess.Popen([sys.executable, '-c', PROGRAM, tmp_path], stderr=subprocess.PIPE,
-                               text=True)
-    while step_of(tmp_path) < at and process.poll() is None:
+    process = started(PROGRAM, tmp_path, said=tmp_path.with_suffix('.said'))
+    while step_of(tmp_path) < at and process.is_alive():
         time.sleep(.002)
-    process.send_signal(number)
-    _, words = process.communicate(timeout=60)
-    assert process.returncode != 0, 'it was too fast to be killed'
+    os.kill(process.pid, number)
+    process.join(60)
+    words = tmp_path.with_suffix('.said').read_text()
+    assert process.exitcode, 'it was too fast to be killed'
     assert not (tmp_path/'weights.safetensors').exists()
     assert at <= step_of(tmp_path) < 30
     if number != signal.SIGKILL:
@@ -328,7 +330,8 @@ def two(runs, noise=False):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, runs, noise), 2)
+    server()
+    torch.multiprocessing.start_processes(one_of_two, (port, runs, noise), 2, start_method='forkserver')
     return results(runs[-1][0])
 
 
@@ -712,8 +715,9 @@ train(tiny, sys.argv[1], progress=False, every=3)
 
 @pytest.mark.parametrize('where', DEATHS)
 def test_a_killed_run_leaves_nothing_for_ever(tmp_path, where):
-    program = subprocess.run([sys.executable, '-c', KILLED + DEATHS[where] + TRAINING, tmp_path])
-    assert program.returncode == -9
+    process = started(KILLED + DEATHS[where] + TRAINING, tmp_path)
+    process.join()
+    assert process.exitcode == -9
     assert len([*tmp_path.iterdir()]) in (1, 4)
     train(TINY, tmp_path, progress=False, every=3)
     assert {f.name for f in tmp_path.iterdir()} == {'weights.safetensors', 'curves.csv', 'run.json'}
