@@ -9,7 +9,7 @@ from pathlib import Path
 NBS = Path(__file__).parent.parent/'nbs'
 FOLDED = re.compile(r'(\d\d|A0)_.*')  # not the plumbing of the appendices
 SETS_UP = (r'(torch\.(set_num_threads|set_default_dtype|manual_seed)|plt\.rcParams|'
-           r'warnings\.simplefilter)\b')
+           r'warnings\.simplefilter|keep_memory)\b')
 DRAWS = r'\b(plt\.(subplots|subplot_mosaic|figure)|show_grid|save_figure)\('
 
 
