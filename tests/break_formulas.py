@@ -79,7 +79,7 @@ MUTATIONS = [  # chapter, what stands in one of its cells, what is put there
      "gamma*(kl_z.sum(-1) + kl_c - ramp(C_z, step, C_steps)).abs().mean()\n"),
     ('07', "kl_z.sum(-1).mean() - ramp(C_z, step, C_steps)\n    off_c = kl_c.mean() - at_most",
      "(kl_z.sum(-1) - ramp(C_z, step, C_steps)).abs().mean()\n    off_c = kl_c.mean() - at_most"),
-    ('07', "at_most(log(model.n_c), ramp(C_c, step, C_steps))", "ramp(C_c, step, C_steps)"),
+    ('07', "at_most(most, ramp(C_c, step, C_steps))", "ramp(C_c, step, C_steps)"),
     ('07', "return n[linear_sum_assignment(n, maximize=True)].sum()/n.sum()",
      "return n.max(0).sum()/n.sum()"),
     ('08', "(log_diag - log_det)/2", "(log_det - log_diag)/2"),

@@ -432,8 +432,8 @@ def test_every_explored_code_trains_and_comes_back(tmp_path, name):
     kl_z, kl_c = kl(model.posterior(x))
     assert kl_z.shape == (20, p.n_z) and (kl_c <= G*math.log(p.n_c) + 1e-4).all()
     assert torch.equal(again(x), model.decode(model.posterior(x).mode))
-    curves = pd.read_csv(tmp_path/'curves.csv')
-    assert sum(c.startswith('kl_z') for c in curves) == p.n_z*(len(curves) > 0)
+    curves = training.averages(objective(p)(model, x, 2))
+    assert sum(name.startswith('kl_z') for name in curves) == p.n_z
 
 
 def test_the_explored_codes_carry_about_as_many_nats():
@@ -491,9 +491,10 @@ def test_a_training_is_dead_if_a_layer_is_or_if_its_code_is_silent(quiet, silent
 
 def test_a_rounded_code_that_is_the_same_for_all_images_is_dead(digits):
     model = build(preset('mnist.fsq'))
-    model.encoder[-2].weight.data.mul_(30)
+    last = model.encoder[-2]
+    last.bias.data -= model.encoder[:-1](digits).mean(0).detach()
     assert not dead(model, digits)
-    model.encoder[-2].weight.data.zero_()
+    last.weight.data.zero_()
     assert dead(model, digits) and kl(model.posterior(digits))[1].min() > 7
 
 

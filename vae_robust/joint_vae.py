@@ -24,8 +24,8 @@ def joint_vae(model, x, step=0, *, gamma, C_z, C_c, C_steps) -> Terms:
     `model.n_c` is K >= 1; of G = `model.categoricals` the divergences are added up, and log K
     becomes G log K (5.19). Dupont 2018."""
     rec, kl_z, kl_c = parts(model, x)
-    off_z = kl_z.sum(-1).mean() - ramp(C_z, step, C_steps)
     most = getattr(model, 'categoricals', 1)*log(model.n_c)
+    off_z = kl_z.sum(-1).mean() - ramp(C_z, step, C_steps)
     off_c = kl_c.mean() - at_most(most, ramp(C_c, step, C_steps))
     return Terms(rec.mean() + gamma*(off_z.abs() + off_c.abs()), rec, kl_z, kl_c)
 
