@@ -7,6 +7,7 @@ import pytest, torch
 from torch.distributions import Normal, OneHotCategorical
 
 from vae_robust.attacks import attack, attack_batch, smallest_radius, starts
+from vae_robust.concrete import Rounded, level_logits, levels, on_levels
 from vae_robust.discrete import (FIRST, SLACK, WithCode, annealed, another_code, forced,
                                  hard, most_likely, nearby, planned)
 from vae_robust.objectives import Softened, behind, expected, margin, squared
@@ -185,6 +186,97 @@ def test_several_categoricals():
     found = attack(m, x, x_t, preset('attack.output_code', eps=.5), progress=False)
     assert (behind(m.encode(found.x)[2], most_likely(m.encode(x_t)[2])) <= 0).float().mean() >= .5
     assert (found.after < found.before).all()
+
+
+class Scalars(torch.nn.Module):
+    "Images of 16 pixels; scalars W x + b, rounded to K levels; a decoder B of the levels."
+    def __init__(self, W, b, K, B):
+        super().__init__()
+        self.W, self.b, self.K, self.B = W, b, K, B
+    def scalars(self, x): return x.flatten(1) @ self.W + self.b
+    def encode(self, x):
+        none = x.new_zeros(len(x), 0)
+        return none, none, level_logits(self.scalars(x), self.K)
+    def posterior(self, x):
+        none = x.new_zeros(len(x), 0)
+        return Posterior(Normal(none, none), Rounded(logits=self.encode(x)[2]))
+    def decode(self, code):
+        v = code.unflatten(1, (-1, self.K)) @ levels(self.K, code)
+        return (v @ self.B).view(len(code), 1, 4, 4)
+    def forward(self, x): return self.decode(self.posterior(x).mode)
+
+
+def scalars(G, K, b=0., seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return Scalars(torch.randn(16, G, generator=g)/2, b, K, torch.randn(G, 16, generator=g)).eval()
+
+
+@pytest.mark.parametrize('K', [4, 5])
+@pytest.mark.parametrize('far', [0., 30.])
+def test_a_level_is_forced_at_the_exact_radius_however_large_the_scalar(K, far):
+    """A linear scalar reaches the next level at its distance from the border, over ||w||_1, and the
+    slack. The bound, tanh, has no slope at 30, and the lines have one."""
+    m, x, top = scalars(1, K), torch.full((1, 1, 4, 4), .5), (K - 1)/2
+    m.W = m.W*(1 + 4*far)
+    m.b = far - .07 - m.scalars(x)
+    k = m.encode(x)[2].argmax(-1).item() - 1  # one level down
+    border = torch.atanh((levels(K, x)[k] + .5)/top)
+    needed = 2*top*(far - .07 - border) + SLACK
+    want = torch.eye(K)[k:k + 1, None]
+    for share, agrees in ((1.01, True), (.99, False)):
+        eps = share*(needed/(2*top*m.W.abs().sum())).item()
+        f = Watched(forced(preset('attack.output_code'), m, want, x, x))
+        pgd(f, x, x, eps, 40, 1.)
+        assert eps < .5 and (f.lowest < FIRST).item() == agrees
+
+
+def test_nearby_levels_come_first():
+    m = scalars(3, 5)
+    x = torch.rand(6, 1, 4, 4)
+    l = m.encode(x)[2]
+    moved = torch.stack([c.argmax(-1) for c in nearby(l, 3)]) - l.argmax(-1)
+    assert moved.abs().sum(-1).eq(1).all()
+    every = torch.stack([c.argmax(-1) for c in nearby(l, 3*4)])
+    assert all(len(every[:, b].unique(dim=0)) == 12 for b in range(6))
+
+
+@pytest.mark.parametrize('name', ['latent_code', 'output_code', 'damage_code', 'strong'])
+def test_rounded_scalars_are_attacked_and_chosen_by_the_hard_model(name):
+    m = scalars(3, 5)
+    x, x_t = torch.rand(2, 12, 1, 4, 4, generator=torch.Generator().manual_seed(3)).unbind(0)
+    p = preset(f'attack.{name}', eps=.4, steps=40)
+    aim = None if p.goal == 'away' else x_t
+    found, least = attack(m, x, aim, p, progress=False), hard(p, m, x, aim)
+    torch.testing.assert_close(found.after, least(found.x))
+    own, now, goal = (m.encode(a)[2].argmax(-1) for a in (x, found.x, x_t))
+    share = (now != own).any(1) if p.goal == 'away' else (now == goal).all(1)
+    assert share.float().mean() > .7
+    assert (found.after <= found.before).all() and (found.after < found.before).sum() > 9
+
+
+KINDS = {'K = 2': (2, 1, False), 'K = 5': (5, 1, False), 'K = 20': (20, 1, False),
+         'K = 50': (50, 1, False), 'three': (10, 3, False), 'levels': (6, 4, True)}
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('name', ['latent_code', 'output_code', 'damage_code',
+                                  'judge_untargeted_code'])
+def test_every_explored_code_is_attacked_within_the_same_budget(digits, kind, name):
+    K, G, rounds = KINDS[kind]
+    m = VAE(0 if rounds else 3, K, categoricals=G)
+    m = (on_levels(m) if rounds else m).eval()
+    p, x, x_t = preset(f'attack.{name}', steps=2, stop=None), digits[:4], digits[4:8]
+    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()
+    plan = planned(p, m, x, None if p.goal == 'away' else x_t, judge)
+    assert len(plan.runs) == 2*p.restarts
+    found = attack(m, x, None if p.goal == 'away' else x_t, p, judge=judge, progress=False)
+    assert (found.evaluations == 3*2*p.restarts).all() and found.after.isfinite().all()
+    if p.goal == 'away':
+        l = m.posterior(x).c.logits
+        codes = torch.stack([c.argmax(-1).view(4, -1) for c in nearby(l, p.restarts)])
+        other = (codes != l.argmax(-1).view(4, -1)).sum(-1)
+        assert other.eq(1).all()
+        there = min(p.restarts, G*(K - 1))
+        assert all(len(codes[:, b].unique(dim=0)) == there for b in range(4))
 
 
 def test_nearby_codes_come_in_the_order_of_their_logits():

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy import integrate, special, stats
-from torch.distributions import (Categorical, OneHotCategorical, RelaxedOneHotCategorical,
+from torch.distributions import (Categorical, Normal, OneHotCategorical, RelaxedOneHotCategorical,
                                  kl_divergence)
 
-from vae_robust.concrete import (categorical_kl, concrete, concrete_kl, concrete_kl_exact,
-                                 concrete_log_density, gumbel, gumbel_max,
-                                 log_concrete, straight_through)
+from vae_robust.concrete import (Rounded, categorical_kl, code_entropy, concrete, concrete_kl,
+                                 concrete_kl_exact, concrete_log_density, gumbel, gumbel_max,
+                                 level_logits, levels, log_concrete, on_levels, straight_through)
+from vae_robust.vae import VAE, Posterior, elbo, kl, log_marginal
 
 LOGITS = [[0., 0.], [2., -1.], [1., 0., -1.], [3.] + [0.]*9, [-4., 0., .5, 5.]]
 PEAKED = torch.tensor([3.] + [0.]*9, dtype=torch.float64)
@@ -306,3 +307,122 @@ def test_exact_concrete_kl_gradient_batch_and_dtype():
     assert concrete_kl_exact(l, p[0]).shape == (3,)
     torch.testing.assert_close(concrete_kl_exact(l.float(), p.float()).double(),
                                concrete_kl_exact(l, p), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- levels
+
+def published(h, K):
+    """The quantiser of Mentzer et al. (arXiv:2309.15505, appendix A.1) without its eps and its
+    shift of h: whole numbers, of which the lowest is -(K // 2)."""
+    offset = .5 if K % 2 == 0 else 0.
+    bounded = torch.tanh(h)*(K - 1)/2 - offset
+    return bounded + (bounded.round() - bounded).detach()
+
+
+def rounded(h, K): return Rounded(logits=level_logits(h, K))
+
+
+def spread(K, n=3001):
+    "Scalars that miss all borders of K levels."
+    h = torch.linspace(-4, 4, n, dtype=torch.float64)
+    borders = torch.atanh((torch.arange(1, K) - K/2)/((K - 1)/2)) if K > 2 else torch.zeros(1)
+    return h[(h[:, None] - borders).abs().amin(1) > 1e-6]
+
+
+@pytest.mark.parametrize('K', [2, 3, 4, 5, 6, 7, 8, 38])
+def test_levels_and_their_gradient_are_those_of_the_published_quantiser(K):
+    h = spread(K).requires_grad_()
+    theirs, mine = published(h, K), rounded(h, K).mean @ levels(K, h)
+    torch.testing.assert_close(mine, theirs + (.5 if K % 2 == 0 else 0.))
+    assert torch.equal(rounded(h, K).mode.argmax(-1), (theirs + K//2).round().long())
+    assert len(mine.detach().round(decimals=6).unique()) == K
+    f = lambda v: (v**3 - v*1.7).sin().sum()
+    slopes = [torch.autograd.grad(f(v - (0 if v is mine else -.5*(K % 2 == 0))), h)[0]
+              for v in (theirs, mine)]
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize('G, K', [(1, 6), (2, 5), (4, 3)])
+def test_every_code_is_reached(G, K):
+    v = torch.atanh(levels(K, torch.zeros(()))*1.999/(K - 1 + 1e-6))
+    h = torch.cartesian_prod(*[v]*G).view(-1, G)
+    codes = rounded(h, K).mode
+    assert len(codes.flatten(1).unique(dim=0)) == K**G
+    assert code_entropy(codes).item() == pytest.approx(G*math.log(K), abs=1e-4)
+
+
+@many
+@given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=5), st.integers(2, 40))
+def test_a_rounded_code_costs_log_K_a_scalar_and_is_certain(h, K):
+    h = torch.tensor([h], requires_grad=True)
+    q = Posterior(Normal(torch.zeros(1, 0), 1.), rounded(h, K))
+    kl_c = kl(q)[1]
+    assert kl_c.item() == pytest.approx(h.numel()*math.log(K), rel=1e-6)
+    assert not torch.autograd.grad(kl_c.sum(), h, retain_graph=True)[0].any()
+    assert torch.equal(q.sample(), q.mode) and torch.equal(q.rsample(), q.mode)
+    assert q.mode.view(-1, K).sum(1).eq(1).all() and not q.c.log_prob(q.c.sample((3,))).any()
+
+
+def test_lines_have_a_slope_where_the_bound_has_none():
+    h = torch.tensor([20.], requires_grad=True)
+    value, margin = rounded(h, 6).mean @ levels(6, h), level_logits(h, 6).diff()
+    assert torch.autograd.grad(value.sum(), h)[0] == 0
+    assert torch.autograd.grad(margin.sum(), h)[0] == 5*5
+
+
+def test_the_gradient_of_a_cubic_is_half_too_large_on_average():
+    "(5.24), whose third line is exact for it: 6/12."
+    u = torch.arange(-2, 2, .01, dtype=torch.float64) + .005
+    h = (u/2).atanh().requires_grad_()
+    v = rounded(h, 5).mean @ levels(5, h)
+    g = torch.autograd.grad((v**3).sum(), h)[0]/(2 - u**2/2)
+    k = u.floor()
+    excess = (g - ((k + 1)**3 - k**3)).view(4, 100).mean(1)
+    torch.testing.assert_close(excess, torch.full((4,), .5, dtype=torch.float64))
+
+
+def test_entropy_is_that_of_the_counts():
+    joint = np.random.default_rng(0).integers(1, 9, (3, 3))
+    a, b = (torch.from_numpy(i).flatten() for i in np.indices((3, 3)))
+    pairs = torch.stack([a, b], 1).repeat_interleave(torch.from_numpy(joint).flatten(), 0)
+    c = torch.eye(3)[pairs]
+    both, first, second = code_entropy(c), code_entropy(c[:, 0]), code_entropy(c[:, 1])
+    for found, n in ((both, joint), (first, joint.sum(1)), (second, joint.sum(0))):
+        assert found.item() == pytest.approx(stats.entropy(n.ravel()), abs=1e-6)
+    assert both < first + second
+
+
+@pytest.mark.parametrize('size, network', [(32, 'small'), (32, 'large'), (64, 'small')])
+def test_a_vae_on_levels_decodes_numbers(size, network):
+    m = on_levels(VAE(2, 5, 1, size, network=network, categoricals=3)).eval()
+    m.encoder[-2].weight.data.mul_(100)
+    x = torch.rand(6, 1, size, size)
+    mu, _, h = m.encoder[:-1](x).split([2, 2, 3], 1)
+    v = (published(h, 5)/2).detach()  # from -1 to 1
+    assert len(v.unique()) > 2
+    torch.testing.assert_close(m(x), m.decoder[1:](torch.cat([mu, v], 1)).sigmoid())
+    assert m.posterior(x).mode.shape == (6, 2 + 3*5) and m.encode(x)[2].shape == (6, 3, 5)
+
+
+def test_training_on_levels_moves_every_weight_and_asks_for_reconstruction_alone(digits):
+    m = on_levels(VAE(0, 6, categoricals=4))
+    terms = elbo(m, digits)
+    terms.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in m.parameters())
+    grads = [p.grad.clone() for p in m.parameters()]
+    m.zero_grad()
+    elbo(m, digits).rec.mean().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(m.parameters(), grads))
+    assert terms.kl_z.shape == (16, 0)
+    torch.testing.assert_close(terms.kl_c, torch.full((16,), 4*math.log(6)))
+
+
+def test_the_bound_on_levels_is_below_the_sum_over_all_codes(digits):
+    m = on_levels(VAE(0, 3, categoricals=2)).eval()
+    codes = torch.eye(3)[torch.cartesian_prod(*[torch.arange(3)]*2)].flatten(1)
+    with torch.no_grad():
+        each = torch.stack([m.log_likelihood(digits, c.expand(16, -1)) for c in codes])
+        own, exact = log_marginal(m, digits, 5), each.logsumexp(0) - math.log(9)
+        terms = elbo(m, digits)
+    torch.testing.assert_close(own, -terms.rec - terms.kl_c)
+    assert (own < exact).all() and (own >= each.amin(0) - math.log(9) - 1e-3).all()

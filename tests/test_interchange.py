@@ -52,6 +52,14 @@ def test_without_a_category_the_means_carry_everything():
     assert category(model, x).tolist() == [0]*4
 
 
+def test_the_number_of_a_code_of_several_categoricals_names_it():
+    two = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    class Said(nn.Module):
+        def posterior(self, x):
+            return Posterior(None, OneHotCategorical(logits=9.*torch.eye(3)[two]))
+    assert sorted(category(Said(), two).tolist()) == [*range(9)]
+
+
 def test_the_interaction_of_all_outcomes():
     f = torch.cartesian_prod(*[torch.tensor([False, True])]*4).T.view(2, 2, 16)
     means, code = f[1].long() - f[0].long(), f[1, 0].long() - f[0, 0].long()

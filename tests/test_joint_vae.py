@@ -16,7 +16,9 @@ class Given:
     "A model whose posteriors are given and whose reconstruction is perfect."
     def __init__(self, mu, lv, logits):
         self.q = Posterior(Normal(mu, (lv/2).exp()), OneHotCategorical(logits=logits))
-        self.n_c = logits.shape[1]
+        self.n_c = logits.shape[-1]
+        if logits.ndim == 3:
+            self.categoricals = logits.shape[1]
     def posterior(self, x): return self.q
     def log_likelihood(self, x, code): return torch.zeros(len(code))
 
@@ -53,6 +55,14 @@ def test_a_one_hot_code_has_met_every_capacity():
     loss = joint_vae(Given(torch.zeros(3, 2), torch.zeros(3, 2), 1e3*torch.eye(4)[:3]), None, 1,
                      gamma=30, C_z=0, C_c=50, C_steps=1).loss
     assert loss.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_several_categoricals_share_a_capacity_of_as_many_log_K():
+    sure = 1e3*torch.eye(4)[:3].expand(3, 3, 4)
+    loss = lambda C_c: joint_vae(Given(torch.zeros(3, 2), torch.zeros(3, 2), sure), None, 1,
+                                 gamma=30, C_z=0, C_c=C_c, C_steps=1).loss.item()
+    assert loss(50) == pytest.approx(0, abs=1e-3)
+    assert loss(math.log(4)) == pytest.approx(30*2*math.log(4), rel=1e-4)
 
 
 @examples

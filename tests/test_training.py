@@ -1,4 +1,4 @@
-import json, os, shutil, signal, socket, subprocess, time
+import json, math, os, shutil, signal, socket, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from forks import server, started
 
 from vae_robust import training
-from vae_robust.data import load
-from vae_robust.settings import SettingsError, preset
+from vae_robust.data import load, pixels
+from vae_robust.settings import SettingsError, preset, read_settings
 from vae_robust.training import (LOSSES, TrainingError, alive, build, cosine, dead, fit,
                                  forward_dtype, identity, load_weights, minibatches, noted_signals,
                                  objective, save_weights, unchecked,
@@ -424,6 +424,35 @@ def test_every_objective_trains_and_comes_back(tmp_path, kind, constants):
                                rtol=0, atol=0)
 
 
+EXPLORED = preset('study.explored_codes').models
+
+@pytest.mark.parametrize('name', EXPLORED)
+def test_every_explored_code_trains_and_comes_back(tmp_path, name):
+    p = preset(name, data='digits', steps=4, C_steps=2, batch=16)
+    model, x = train(p, tmp_path, progress=False), pixels(load('digits').x[:20])
+    untrained, G = build(p), p.categoricals
+    assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), untrained.parameters()))
+    again = train(p, tmp_path)
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    kl_z, kl_c = kl(model.posterior(x))
+    assert kl_z.shape == (20, p.n_z) and (kl_c <= G*math.log(p.n_c) + 1e-4).all()
+    assert torch.equal(again(x), model.decode(model.posterior(x).mode))
+    curves = training.averages(objective(p)(model, x, 2))
+    assert sum(name.startswith('kl_z') for name in curves) == p.n_z
+
+
+def test_the_explored_codes_carry_about_as_many_nats():
+    for p in map(preset, EXPLORED):
+        most = p.categoricals*math.log(p.n_c)
+        assert 7.1 < most + (p.C_z if p.code == 'concrete' else 0) < 7.35
+
+
+def test_the_codes_of_other_presets_are_no_part_of_their_identity():
+    for name in (n for n in read_settings() if n.startswith(('mnist.', 'dsprites.', 'faces.'))):
+        keys = {'categoricals', 'code'} & {*json.loads(identity(preset(name), 0))}
+        assert bool(keys) == (name in ('mnist.three', 'mnist.fsq'))
+
+
 @pytest.mark.parametrize('capability, half',
                          [('avx512_bf16', torch.bfloat16), ('amx_bf16', torch.bfloat16),
                           ('avx512_f', torch.float32), ('avx2', torch.float32)])
@@ -463,6 +492,15 @@ def test_a_training_is_dead_if_a_layer_is_or_if_its_code_is_silent(quiet, silent
         last.weight.data.zero_()
         last.bias.data.zero_()
     assert dead(m, x) == is_dead
+
+
+def test_a_rounded_code_that_is_the_same_for_all_images_is_dead(digits):
+    model = build(preset('mnist.fsq'))
+    last = model.encoder[-2]
+    last.bias.data -= model.encoder[:-1](digits).mean(0).detach()
+    assert not dead(model, digits)
+    last.weight.data.zero_()
+    assert dead(model, digits) and kl(model.posterior(digits))[1].min() > 7
 
 
 def test_every_shipped_encoder_is_alive():

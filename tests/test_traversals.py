@@ -17,8 +17,8 @@ from vae_robust.data import load, pixels
 from vae_robust.settings import preset
 from vae_robust.training import pretrained
 from vae_robust.explorer import LatentExplorer
-from vae_robust.traversals import (across, along, categories, kl_per_latent, png,
-                                   stacked, strip, traversal)
+from vae_robust.traversals import (across, along, categories, kl_per_latent, png, prior_codes,
+                                   stacked, strip, traversal, traversals)
 from vae_robust.vae import VAE
 
 DATA = load('digits', 'test')
@@ -32,6 +32,20 @@ def test_traversals_move_one_coordinate_and_nothing_else():
     assert walk[:, 1].tolist() == [-3, 0, 3]
     assert (walk[:, [0, 2, 3, 4, 5, 6]] == code[:, [0, 2, 3, 4, 5, 6]]).all()
     assert_close(across(mirror, code), torch.cat([code[:, :3].expand(4, 3), torch.eye(4)], 1))
+
+
+def test_each_of_several_categoricals_moves_by_itself():
+    mirror = SimpleNamespace(decode=lambda code: code, n_z=1, n_c=3)
+    code = torch.tensor([[.1, 0, 1, 0, 0, 0, 1]])
+    first, second = (across(mirror, code, g)[:, 1:].view(3, 2, 3) for g in (0, 1))
+    assert torch.equal(first[:, 0], torch.eye(3)) and torch.equal(second[:, 1], torch.eye(3))
+    assert first[:, 1].argmax(1).tolist() == [2]*3 and second[:, 0].argmax(1).tolist() == [1]*3
+    several = VAE(2, 10, categoricals=2).eval()
+    assert len(traversals(several, torch.rand(1, 1, 32, 32)).get_yticks()) == 2 + 2
+    codes = prior_codes(several, 500)[:, 2:].view(500, 2, 10)
+    assert codes.sum(-1).eq(1).all() and (codes[:, 0] != codes[:, 1]).any()
+    with torch.no_grad():
+        assert several.decode(prior_codes(several, 3)).shape == (3, 1, 32, 32)
 
 
 def test_traversals_pass_through_the_reconstruction(model, digits):

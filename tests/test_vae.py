@@ -493,3 +493,31 @@ def test_large_networks_have_a_layer_for_each_halving(size):
     assert [(c.in_channels, c.out_channels) for c in up] == [*zip(widths[::-1], [*widths[-2::-1], 3])]
     assert len(layers(vae.encoder, nn.Linear)) == len(layers(vae.decoder, nn.Linear)) == 1
     assert len(layers(vae.encoder, nn.BatchNorm2d)) == len(down)
+
+
+# ---------------------------------------- several categoricals
+
+@pytest.mark.parametrize('G, K', [(1, 4), (2, 3), (3, 10)])
+def test_several_categoricals_stand_side_by_side(digits, G, K):
+    m = VAE(5, K, categoricals=G).eval()
+    assert m.encoder[-1].out_features == 10 + G*K and m.decoder[0].in_features == 5 + G*K
+    q, l = m.posterior(digits), m.encode(digits)[2]
+    assert l.shape == ((16, K) if G == 1 else (16, G, K))
+    parts = m.encoder(digits)[:, 10:].view(16, G, K).log_softmax(-1)
+    torch.testing.assert_close(q.c.logits.view(16, G, K), parts)
+    for code in (q.mode, q.sample(), q.rsample()):
+        torch.testing.assert_close(code[:, 5:].view(16, G, K).sum(-1), torch.ones(16, G))
+    each = sum(kl(Posterior(q.z, OneHotCategorical(logits=parts[:, g])))[1] for g in range(G))
+    torch.testing.assert_close(kl(q)[1], each, atol=1e-5, rtol=1e-4)
+
+
+def test_importance_weights_of_several_categoricals_average_to_the_sum_over_all_codes():
+    "A likelihood that the posterior, a product, does not know: all 8 codes are added up."
+    table, logits = torch.randn(8), torch.randn(1, 3, 2)
+    place = lambda code: (code[:, 1::2] @ torch.tensor([4., 2., 1.])).long()
+    toy = SimpleNamespace(
+        posterior=lambda x: Posterior(Normal(torch.zeros(1, 0), 1.), OneHotCategorical(logits=logits)),
+        log_likelihood=lambda x, code: table[place(code)])
+    w = log_importance_weights(toy, torch.zeros(1, 1), 40_000).exp()[:, 0]
+    assert abs(w.mean() - table.exp().mean()) < 5*w.std()/200
+    assert w.std() > .1

@@ -12,6 +12,9 @@ __all__ = ['gumbel', 'gumbel_max', 'log_concrete', 'concrete', 'concrete_log_den
 import math
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.distributions import OneHotCategorical
+from .settings import ModelPreset, limit
 
 # %% ../nbs/05_concrete.ipynb #54218896
 def gumbel(like):
@@ -89,3 +92,89 @@ def concrete_kl_exact(logits, prior_logits):
     s = torch.arange(-40, 40 + h, h, dtype=l.dtype, device=l.device)
     integrand = (-K*F.softplus(s)).exp() - (-F.softplus(s[:, None] + l).sum(-1)).exp()
     return K*h*integrand.sum(-1) - l.sum((-1, -2))
+
+# %% ../nbs/05_concrete.ipynb #e837e7bf
+def levels(K, like):
+    "The levels $v_k$ of (5.20), (K,), of the type and on the device of `like`."
+    return torch.arange(K, dtype=like.dtype, device=like.device) - (K - 1)/2
+
+def level_logits(h, K):
+    """The logits (5.21), (..., K), of scalars h (...), any real numbers, for `K` >= 2 levels: the
+    largest is that of the level to which (5.20) rounds."""
+    reach, v = (K - 1)/2, levels(K, h)
+    t = reach*((v[:-1] + .5)/reach).atanh()
+    return 2*reach*v*h[..., None] - 2*F.pad(t.cumsum(0), (1, 0))
+
+# %% ../nbs/05_concrete.ipynb #a41d85d7
+class Rounded(OneHotCategorical):
+    """The one-hot code (..., K) of the largest of the logits (5.21), without chance. `logits` are
+    relative to the largest; the `mean` is the code, with the gradient (5.22)."""
+    has_rsample = True
+
+    @property
+    def logits(self):
+        l = super().logits
+        return l - l.gather(-1, l.argmax(-1, keepdim=True))
+    @property
+    def probs(self): return F.one_hot(self.logits.argmax(-1), self.event_shape[-1]).to(self.logits)
+    mode = probs
+    @property
+    def mean(self):
+        v, reach = levels(self.event_shape[-1], self.logits), (self.event_shape[-1] - 1)/2
+        u = reach*(self.logits @ v/(2*reach*(v @ v))).tanh()  # the lines' offsets cancel
+        return self.mode + (u - u.detach())[..., None]*v/(v @ v)
+
+    def sample(self, shape=torch.Size()): return self.mode.expand(self._extended_shape(shape))
+    def rsample(self, shape=torch.Size()): return self.mean.expand(self._extended_shape(shape))
+    def log_prob(self, value): return (value*self.logits).sum(-1)
+
+# %% ../nbs/05_concrete.ipynb #b417036d
+def code_entropy(c):
+    """The entropy of N codes `c`, one-hot, (N, K) or (N, G, K), as it is counted, in nats: at most
+    log N, and on average too small by about (number of codes - 1)/2N (Miller 1955)."""
+    n = c.flatten(1).unique(dim=0, return_counts=True)[1]
+    return torch.special.entr(n/n.sum()).sum()
+
+# %% ../nbs/05_concrete.ipynb #dae1b9b2
+class Line(nn.Module):
+    "Numbers (B, n + G) to (B, n + G K): the first `n` as they are, of the others the logits (5.21)."
+    def __init__(self, n, K):
+        super().__init__()
+        self.n, self.K = n, K
+    def forward(self, h):
+        h = h.float()  # with half the bits, borders would be elsewhere
+        return torch.cat([h[:, :self.n], level_logits(h[:, self.n:], self.K).flatten(1)], 1)
+
+# %% ../nbs/05_concrete.ipynb #067d1a53
+class Numbers(nn.Module):
+    "Codes (B, n + G K) to numbers (B, n + G): of each one-hot part its level, from -1 to 1."
+    def __init__(self, n, K):
+        super().__init__()
+        self.n, self.K = n, K
+    def forward(self, code):
+        z, c = code[:, :self.n], code[:, self.n:].unflatten(1, (-1, self.K))
+        return torch.cat([z, c @ levels(self.K, c)*2/(self.K - 1)], 1)
+
+# %% ../nbs/05_concrete.ipynb #d3e45753
+def on_levels(model):
+    "A `VAE` with its `categoricals` changed into as many scalars of `n_c` levels each, (5.20)."
+    n, K, G = model.n_z, model.n_c, model.categoricals
+    last, first = model.encoder[-1], model.decoder[0]
+    model.encoder[-1] = nn.Linear(last.in_features, 2*n + G)
+    model.encoder.append(Line(2*n, K))
+    model.decoder[0] = nn.Linear(n + G, first.out_features)
+    model.decoder.insert(0, Numbers(n, K))
+    model.family = Rounded
+    return model
+
+# %% ../nbs/05_concrete.ipynb #360e91c9
+@limit(ModelPreset)
+def code_exists(p):
+    "ValueError if a `ModelPreset` asks for a code that there cannot be."
+    if p.code == 'fsq' and p.n_c < 2:
+        raise ValueError('code = fsq rounds to n_c levels: set n_c to at least 2')
+    if p.categoricals > 1 and not p.n_c:
+        raise ValueError('categoricals need classes: set n_c to at least 1')
+    if not p.n_z and (not p.n_c or p.objective in ('tc', 'factor')):
+        raise ValueError('n_z = 0 leaves only a code: n_c must be at least 1, and the objective '
+                         'not tc or factor, which need continuous latents')

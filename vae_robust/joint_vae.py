@@ -21,10 +21,12 @@ def joint_vae(model, x, step=0, *, gamma, C_z, C_c, C_steps) -> Terms:
 
     KLs are summed over latents and averaged over the batch *before* the absolute value.
     Capacities rise linearly from 0 to `C_z` and `C_c` nats over `C_steps` steps.
-    `model.n_c` is K >= 1. Dupont 2018."""
+    `model.n_c` is K >= 1; of G = `model.categoricals` the divergences are added up, and log K
+    becomes G log K (5.19). Dupont 2018."""
     rec, kl_z, kl_c = parts(model, x)
+    most = getattr(model, 'categoricals', 1)*log(model.n_c)
     off_z = kl_z.sum(-1).mean() - ramp(C_z, step, C_steps)
-    off_c = kl_c.mean() - at_most(log(model.n_c), ramp(C_c, step, C_steps))
+    off_c = kl_c.mean() - at_most(most, ramp(C_c, step, C_steps))
     return Terms(rec.mean() + gamma*(off_z.abs() + off_c.abs()), rec, kl_z, kl_c)
 
 # %% ../nbs/07_joint_vae.ipynb #ce8a630c

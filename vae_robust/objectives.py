@@ -46,7 +46,7 @@ def expected(q: Posterior) -> Codes:
     """The mean code of a `Posterior`, (B, D + K): unlike `q.mode`, with its one-hot c, it can be
     differentiated."""
     if q.c is None: return q.z.mean.flatten(1)
-    return torch.cat([q.z.mean, q.c.probs.flatten(1)], -1)
+    return torch.cat([q.z.mean, q.c.mean.flatten(1)], -1)
 
 FEATURES = {'means': means, 'logits': logits, 'log_probs': log_probs, 'codes': codes}
 
@@ -149,7 +149,7 @@ def wasserstein(q: Posterior, p: Posterior) -> PerImage:
     """Squared 2-Wasserstein distance between `Posterior`s with diagonal Gaussians, in the space of
     codes, (13.8): (B,)."""
     w = squared(q.z.mean, p.z.mean) + squared(q.z.stddev, p.z.stddev)
-    return w if q.c is None else w + (q.c.probs - p.c.probs).abs().flatten(1).sum(1)
+    return w if q.c is None else w + (q.c.mean - p.c.mean).abs().flatten(1).sum(1)
 
 # %% ../nbs/13_objectives.ipynb #72c09ca6
 def cross_entropy(scores: Scores, target: Scores) -> PerImage:

@@ -35,10 +35,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # %% ../nbs/A1_settings.ipynb #9be82a44
 class ModelPreset(BaseModel, extra='forbid', frozen=True):
     """What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps`
-    in optimiser steps, `size` in pixels."""
+    in optimiser steps, `size` in pixels; each of the `categoricals` has `n_c` classes."""
     data: str
     likelihood: Literal['bernoulli', 'gaussian']
-    n_z: Width
+    n_z: Annotated[int, Field(ge=0, le=65536)]
     n_c: Annotated[int, Field(ge=0, le=65536)]
     tau: Positive
     objective: Literal['elbo', 'beta', 'capacity', 'joint', 'tc', 'factor']
@@ -57,6 +57,8 @@ class ModelPreset(BaseModel, extra='forbid', frozen=True):
     channels: Width = 1
     size: Width = 32
     network: Literal['small', 'large'] = 'small'
+    categoricals: Width = 1
+    code: Literal['concrete', 'fsq'] = 'concrete'
 
 # %% ../nbs/A1_settings.ipynb #a45bdefe
 class JudgePreset(BaseModel, extra='forbid', frozen=True):

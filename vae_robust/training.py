@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from tqdm.auto import tqdm
 from .beta_vae import beta_vae, capacity
+from .concrete import Rounded, code_entropy, on_levels
 from .data import as_images, determined, digest, is_set, load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, SettingsError, TableError, commit, preset
@@ -400,11 +401,13 @@ def objective(preset) -> Callable:
 def network(p):
     "The `VAE` of a `ModelPreset`; raises `SettingsError` if it does not fit into memory."
     try:
-        return VAE(p.n_z, p.n_c, p.channels, p.size, p.tau, p.likelihood, p.network)
+        model = VAE(p.n_z, p.n_c, p.channels, p.size, p.tau, p.likelihood, p.network,
+                    p.categoricals)
+        return on_levels(model) if p.code == 'fsq' else model
     except (RuntimeError, MemoryError) as e:
         why = str(e).splitlines()[0][:100]
         raise SettingsError(f'The networks do not fit into memory, with n_z = {p.n_z}, n_c = '
-                            f'{p.n_c}, '
+                            f'{p.n_c}, categoricals = {p.categoricals}, '
                             f'channels = {p.channels}, size = {p.size} ({why}).') from None
 
 # %% ../nbs/10_training.ipynb #2fc7d27b
@@ -597,7 +600,10 @@ def dead(model, x, nats=.1):
     average, or is not a number."""
     x = pixels(as_images(x, model.shape))
     with torch.no_grad(), evaluating(model):
-        kl_z, kl_c = kl(model.posterior(x))
+        q = model.posterior(x)
+    kl_z, kl_c = kl(q)
+    if isinstance(q.c, Rounded):
+        kl_c = code_entropy(q.c.mode)  # its divergence is a constant, whatever it says
     said = (kl_z.sum(1) + kl_c).mean().item()
     return min(alive(model.encoder, x), default=1) == 0 or not said >= nats
 

@@ -57,10 +57,13 @@ def along(model, code, j, values):
         return model.decode(codes)
 
 # %% ../nbs/12_traversals.ipynb #4f151191
-def across(model, code):
-    """Decoded images (K, ...) of one code (1, D + K)
-    with its categorical set to each of the K classes."""
-    codes = torch.cat([code[:, :model.n_z].expand(model.n_c, -1), torch.eye(model.n_c)], -1)
+def across(model, code, g=0):
+    """Decoded images (K, ...) of one code (1, D + G K)
+    with its categorical number `g` set to each of the K classes."""
+    z, c = code[:, :model.n_z], code[:, model.n_z:].unflatten(1, (-1, model.n_c))
+    c = c.repeat(model.n_c, 1, 1)
+    c[:, g] = torch.eye(model.n_c)
+    codes = torch.cat([z.expand(model.n_c, -1), c.flatten(1)], -1)
     with torch.no_grad(), evaluating(model):
         return model.decode(codes)
 
@@ -76,30 +79,32 @@ def traversal(model, x, j, values):
     return along(model, mode(model, x), j, values)
 
 # %% ../nbs/12_traversals.ipynb #cd3d863a
-def categories(model, x):
-    "`across` the categorical from the code of one image x (1, ...)."
-    return across(model, mode(model, x))
+def categories(model, x, g=0):
+    "`across` the categorical number `g` from the code of one image x (1, ...)."
+    return across(model, mode(model, x), g)
 
 # %% ../nbs/12_traversals.ipynb #08a044c3
 def traversals(model, x, n=10, ax=None, title=None, over=None):
     """Draw the traversals of one image x (1, ...): a row per continuous latent,
-    named with its KL in nats, most informative first, and one for the categorical.
+    named with its KL in nats, most informative first, and one for each categorical of `n` classes.
     KL: mean over images `over` (B, ...), or that of x alone."""
     kl_z, kl_c = kl_per_latent(model, x if over is None else over)
     order = kl_z.argsort(descending=True).tolist()
     images = [traversal(model, x, j, torch.linspace(-3, 3, n)) for j in order]
     rows = [f'z{j} {kl_z[j]:5.2f}' for j in order]
     if model.n_c == n:
-        images += [categories(model, x)]
-        rows += [f'c {kl_c:5.2f}']
+        G = getattr(model, 'categoricals', 1)
+        images += [categories(model, x, g) for g in range(G)]
+        rows += [f'c {kl_c:5.2f}'] + ['']*(G - 1)
     return show_grid(torch.stack(images), rows, title, ax)
 
 # %% ../nbs/12_traversals.ipynb #066735f2
 def prior_codes(model, n):
-    "`n` codes from the prior: z from N(0, I), c uniform; (n, D + K)."
-    z = torch.randn(n, model.n_z)
-    return (torch.cat([z, torch.eye(model.n_c)[torch.randint(model.n_c, (n,))]], -1)
-            if model.n_c else z)
+    "`n` codes from the prior: z from N(0, I), c uniform; (n, D + G K)."
+    z, G = torch.randn(n, model.n_z), getattr(model, 'categoricals', 1)
+    if not model.n_c: return z
+    c = torch.eye(model.n_c)[torch.randint(model.n_c, (n, G))]
+    return torch.cat([z, c.flatten(1)], -1)
 
 # %% ../nbs/12_traversals.ipynb #f3d88a2a
 def strip(images, scale=1):

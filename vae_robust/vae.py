@@ -22,7 +22,7 @@ from torch.distributions import (Bernoulli, ContinuousBernoulli, Independent, No
                                  OneHotCategorical, RelaxedOneHotCategorical,
                                  kl_divergence)
 from torch.nn.functional import binary_cross_entropy_with_logits
-from .data import Batch, Codes, Images, PerImage, PerLatent, Scores, as_images, pixels
+from .data import Batch, Codes, Images, PerImage, PerLatent, as_images, pixels
 from .elbo import iwae_bound
 from .settings import ModelPreset, limit
 
@@ -44,11 +44,13 @@ class Posterior(NamedTuple):
     tau: float = .67
 
     def rsample(self) -> Codes:
-        "A random code through which gradients flow: c is relaxed at temperature `tau` (chapter 5)."
-        z = self.z.rsample()
-        if self.c is None: return z
-        relaxed = RelaxedOneHotCategorical(self.tau, logits=self.c.logits, validate_args=False)
-        return torch.cat([z, relaxed.rsample().flatten(1)], -1)
+        """A random code through which gradients flow: c is relaxed at temperature `tau`, unless it has
+        gradients of its own (chapter 5)."""
+        z, c = self.z.rsample(), self.c
+        if c is None: return z
+        if not c.has_rsample:
+            c = RelaxedOneHotCategorical(self.tau, logits=self.c.logits, validate_args=False)
+        return torch.cat([z, c.rsample().flatten(1)], -1)
     def sample(self) -> Codes:
         "A random code as the model means it: c is exactly one-hot. No gradient."
         return torch.cat([d.sample().flatten(1) for d in (self.z, self.c) if d is not None], -1)
@@ -209,28 +211,34 @@ def readable(model, x):
         x = pixels(as_images(x, model.shape))
     return x.to(next((p.dtype for p in model.parameters()), x.dtype))
 
+# %% ../nbs/04_vae.ipynb #b46c0c9f
+def parted(h, n_z, n_c, categoricals):
+    "What an encoder emits, (B, 2 n_z + G n_c): mean, log variance, logits (B, n_c) or (B, G, n_c)."
+    mu, lv, l = h.float().split([n_z, n_z, categoricals*n_c], -1)
+    return mu, lv, l if categoricals == 1 else l.unflatten(-1, (categoricals, n_c))
+
 # %% ../nbs/04_vae.ipynb #42942d55
 class VAE(nn.Module):
     """Encoder, decoder and likelihood for images (B, channels, size, size), grey values in [0, 1],
-    size a power of two >= 32; `n_z` Gaussian latents and, if `n_c` > 0, one `n_c`-way categorical,
-    relaxed at temperature `tau` in training; keys of `LIKELIHOODS` and `NETWORKS`, or ValueError."""
+    size a power of two >= 32; `n_z` Gaussian latents, `categoricals` of `n_c` classes (0: none) of
+    a `family`, relaxed at `tau` in training; keys of `LIKELIHOODS`, `NETWORKS`; or ValueError."""
     def __init__(self, n_z=10, n_c=0, channels=1, size=32, tau=.67, likelihood='bernoulli',
-                 network='small'):
+                 network='small', categoricals=1):
         check_vae(size, likelihood, network)
         super().__init__()
-        self.n_z, self.n_c, self.tau, self.likelihood = n_z, n_c, tau, likelihood
-        self.shape, (encoder, decoder) = (channels, size, size), NETWORKS[network]
-        self.encoder = encoder(channels, size, 2*n_z + n_c)
-        self.decoder = decoder(channels, size, n_z + n_c)
+        self.n_z, self.n_c, self.categoricals, self.tau = n_z, n_c, categoricals, tau
+        self.family, self.likelihood, self.shape = OneHotCategorical, likelihood, (channels, size, size)
+        self.encoder = NETWORKS[network][0](channels, size, 2*n_z + categoricals*n_c)
+        self.decoder = NETWORKS[network][1](channels, size, n_z + categoricals*n_c)
 
-    def encode(self, x) -> tuple[PerLatent, PerLatent, Scores]:
-        "What the encoder emits: mean and log variance (B, n_z), logits (B, n_c). `readable` images."
-        return self.encoder(readable(self, x)).float().split([self.n_z, self.n_z, self.n_c], -1)
+    def encode(self, x) -> tuple[PerLatent, PerLatent, Float[Tensor, 'B *G K']]:
+        "Mean and log variance (B, n_z), logits (B, n_c) or (B, G, n_c), of `readable` images."
+        return parted(self.encoder(readable(self, x)), self.n_z, self.n_c, self.categoricals)
 
     def posterior(self, x) -> Posterior:
         "q(z, c|x) for images x: a `Posterior`."
         mu, lv, logits = self.encode(x)
-        c = OneHotCategorical(logits=logits, validate_args=False) if self.n_c else None
+        c = self.family(logits=logits, validate_args=False) if self.n_c else None
         return Posterior(Normal(mu, (lv/2).exp(), validate_args=False), c, self.tau)
 
     def log_likelihood(self, x, code: Codes) -> PerImage:
@@ -338,7 +346,9 @@ def log_importance_weights(model, x: Batch, K, at_once=4096) -> Float[Tensor, 'd
         log_w = (log_density(Normal(0., 1.), z) - log_density(q.z, z)).sum(-1)
         if q.c is not None:
             c = q.c.sample((K,))
-            codes, log_w = torch.cat([z, c], -1), log_w - math.log(c.shape[-1]) - q.c.log_prob(c)
+            log_q = q.c.log_prob(c).view(K, len(x), -1)  # of each categorical
+            codes = torch.cat([z, c.flatten(2)], -1)
+            log_w = log_w - log_q.shape[-1]*math.log(c.shape[-1]) - log_q.sum(-1)
         chunks = codes.split(max(1, at_once//len(x)))
         log_lik = [model.log_likelihood(x.expand(len(k), *x.shape).flatten(0, 1), k.flatten(0, 1))
                    for k in chunks]

@@ -623,7 +623,8 @@ def card(name, p, facts, metrics, sums):
     """The model card of a `ModelPreset` p, a text: settings, images, `metrics` and the SHA-256 of
     the files `sums`."""
     settings = p.model_dump(exclude_defaults=True) | facts
-    code = f' and a categorical of {p.n_c} classes'*bool(p.n_c)
+    several = 'a categorical' if p.categoricals == 1 else f'{p.categoricals} categoricals'
+    code = f' and {several} of {p.n_c} classes'*bool(p.n_c)
     return (HEAD.format(**p.model_dump(), name=name, code=code) + rows_as('Settings', settings)
             + rows_as('Metrics', metrics) + rows_as('Files, SHA-256', sums))
 

@@ -38,10 +38,12 @@ def interaction(lost):
 
 # %% ../../nbs/28_interchange.ipynb #3a61b570
 def category(model, x):
-    "The most likely category of images x, (B,); zeros for a model without one."
+    "The number of the most likely code of images x, (B,); zeros for a model without one."
     with torch.no_grad():
         c = model.posterior(x).c
-    return torch.zeros(len(x), dtype=torch.long) if c is None else c.logits.argmax(-1)
+    if c is None: return torch.zeros(len(x), dtype=torch.long)
+    k = c.logits.argmax(-1).view(len(x), -1)  # of each categorical
+    return (k*c.logits.shape[-1]**torch.arange(k.shape[1])).sum(1)
 
 # %% ../../nbs/28_interchange.ipynb #39b01402
 def swapped(model, judges, x, xs, y):
