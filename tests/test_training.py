@@ -1,4 +1,4 @@
-import json, math, os, shutil, signal, socket, subprocess, sys, time
+import json, math, os, shutil, signal, socket, subprocess, time
 from functools import partial
 from pathlib import Path
 
