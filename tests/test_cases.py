@@ -8,6 +8,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
 from torch.distributions import Independent, Normal
+from torch.nn import functional as F
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
@@ -17,16 +18,16 @@ from vae_robust.crossed import two_sided, weighted_median
 from vae_robust.data import DataError, ImageData, as_images, load
 from vae_robust.metrics import (Code, DisentanglementError, beta_score, dci, score_all, mig,
                                 mig_samples, sap, udr)
-from vae_robust.diagnosis import (blind_is_better, left_the_ball, no_better_than_noise,
+from vae_robust.diagnosis import (blind_is_better, diagnose, left_the_ball, no_better_than_noise,
                                   not_converged, not_monotone)
 from vae_robust.explorer import LatentExplorer
 from vae_robust.joint_vae import purity
-from vae_robust.judges import judged, train_judge
+from vae_robust.judges import judged, lenet, train_judge
 from vae_robust.objectives import AttackError
-from vae_robust.optimisers import square
+from vae_robust.optimisers import OPTIMISERS, Watched, square
 from vae_robust.play import AttackPlayground
-from vae_robust.robustness import (auddc, counts, evaluate, pairs, reconstruct, stays_within, together,
-                                   worst)
+from vae_robust.robustness import (auddc, counts, evaluate, pairs, reconstruct, ssim, stays_within,
+                                   together, worst)
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table,
                                  kept_table, preset, read_table, save_csv, write)
 from vae_robust.studies import publish
@@ -234,7 +235,83 @@ def test_a_model_reads_images_as_they_lie_in_memory():
     assert_close(vae.log_likelihood(X[:4], code), vae.log_likelihood(HALF[:4], code))
 
 
+@pytest.mark.parametrize('optimiser', OPTIMISERS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
+def test_images_are_attacked_in_their_type_whatever_that_of_the_model(optimiser, dtype):
+    p, x = preset('attack.strong', steps=3, optimiser=optimiser, step=.3, lam=0, best=True), HALF[:4]
+    vae = VAE(4, 3).eval()
+    run = lambda a: attack(vae, a, a.flip(0), p, progress=False, trace=True)
+    single, found = run(x), run(x.to(dtype))
+    assert found.x.dtype == dtype and found.before.dtype == found.after.dtype == torch.float32
+    assert (found.after <= found.before).all() and (found.nans == 0).all()
+    assert_close(found.trace[:, 0].float(), single.trace[:, 0], rtol=.1, atol=0)
+    assert found.trace.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize('optimiser', OPTIMISERS)
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_best_image_is_remembered_if_it_was_the_first(optimiser, fails):
+    "Steps are far too long here, and with `fails` where nothing can be evaluated."
+    x = torch.full((3, 1, 8, 8), .5)
+    def loss(a):
+        far = (a - .5).square().flatten(1).sum(1)
+        return (.01 - far).sqrt() - .1 + far if fails else far
+    f, keys = Watched(loss), {'adam': {'best': True}, 'square': {'seeds': [0, 1, 2]}}.get(optimiser, {})
+    found = OPTIMISERS[optimiser](f, x + 1e-3, x, .1, 4, .9, **keys)
+    if not fails:
+        assert_close(loss(found), f.lowest)
+        assert (loss(found) <= loss(x + 1e-3)).all()
+    assert torch.equal(found, f.best) and found.isfinite().all() and loss(found).isfinite().all()
+
+
+def test_images_are_attacked_one_at_a_time_at_least():
+    for batch in (0, -1):
+        with pytest.raises(AttackError, match=f'batch = {batch}: at least one image'):
+            attack(VAE(4).eval(), HALF[:2], HALF[2:4], TINY_ATTACK, batch, progress=False)
+
+
+def test_images_are_as_alike_as_their_grey_values_whatever_their_type():
+    a, b = X[:4], X[4:8]
+    want = ssim(a/255, b/255)
+    assert (want.abs() < .9).all()
+    for kind in (lambda x: x, lambda x: x.numpy(), lambda x: x.long(), lambda x: x.double()/255):
+        assert_close(ssim(kind(a), kind(b)), want)
+    with pytest.raises(DataError, match='divide them by 255'):
+        ssim(a.float(), b.float())
+    for other in (b[:1], b[..., :20], b.expand(-1, 3, -1, -1)):
+        with pytest.raises(ValueError, match='others of their shape') as e:
+            ssim(a, other)
+        one_sentence(e.value)
+    with pytest.raises(ValueError, match='at least 11 x 11'):
+        ssim(a[..., :9], b[..., :9])
+
+
 # ------------------------------------------------------------------ what no float32 may change
+@pytest.mark.parametrize('a, b', [(100, 101), (254, 255), (252, 255), (255, 255), (0, 1)])
+def test_no_two_images_are_more_alike_than_equal_ones(a, b):
+    p, q = (torch.full((1, 1, 32, 32), grey/255) for grey in (a, b))
+    m, n = a/255, b/255
+    want = (2*m*n + 1e-4)/(m*m + n*n + 1e-4)
+    assert want <= 1 and ssim(p, q).item() == pytest.approx(want, abs=1e-7) and ssim(p, q) <= 1
+
+
+@pytest.mark.parametrize('ball', ['linf', 'l2'])
+@pytest.mark.parametrize('optimiser', OPTIMISERS)
+def test_an_objective_of_any_unit_falls_by_the_same_share(optimiser, ball):
+    if ball == 'l2' and optimiser in ('lbfgs', 'square'): return
+    eps = .1 if ball == 'linf' else .5
+    p = preset('attack.signs', optimiser=optimiser, ball=ball, eps=eps, step=.3, steps=20, best=True)
+    x, W = torch.rand(6, 1, 8, 8), torch.randn(64, 5)
+    def share(unit):
+        view = lambda a: (a.flatten(1) @ W)*unit
+        found = attack(view, x[:3], x[3:], p, progress=False)
+        return found.after/found.before
+    want = share(1.)
+    assert (want < .98).all()
+    for unit in (1e6, 1e-4, 1e-6, 1e-14, 1e-18):
+        assert_close(share(unit), want, atol=.01, rtol=0)
+
+
 @pytest.mark.parametrize('logit', [1e-3, .5, 5., 16., 50., 200., 1e4, 1e20])
 def test_a_sure_continuous_bernoulli_is_as_sure_as_its_logit_says(logit):
     p, l = LIKELIHOODS['continuous_bernoulli'](torch.tensor([logit, -logit])), np.float64(logit)
@@ -265,6 +342,15 @@ def test_reconstructing_with_a_model_in_training_mode_does_not_change_it():
     stays_within(vae, HALF[:4], 1., n=2)
     assert vae.training and all(torch.equal(v, kept[k]) for k, v in vae.state_dict().items())
     assert torch.equal(found, vae.eval()(HALF[:8]))
+
+
+@pytest.mark.parametrize('dropout', [False, True])
+def test_a_judge_is_left_in_the_mode_it_was_in(dropout):
+    judge = lenet().train()
+    judge[0].eval()
+    modes = [m.training for m in judge.modules()]
+    judged(judge, HALF[:3], dropout)
+    assert modes == [m.training for m in judge.modules()]
 
 
 # ------------------------------------------------------------------ one number, or one for each image
@@ -322,6 +408,14 @@ def test_a_judge_sees_bytes_as_the_images_that_they_are():
     lambda: blind_is_better(40., math.nan), lambda: left_the_ball(HALF/0, HALF, TINY_ATTACK)])
 def test_no_rule_passes_on_what_is_no_number(said):
     assert one_sentence(said())
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_diagnosis_without_a_source_that_is_recognised_says_so():
+    blind = lambda x: F.one_hot(torch.full((len(x),), 9), 10).float()
+    p = preset('attack.strong', steps=1, pairs=1)
+    said, = diagnose(VAE(4).eval(), blind, p, ImageData(X, LABELS))
+    assert 'recognises the reconstruction of no source' in one_sentence(said)
 
 
 def test_no_draw_and_no_median_that_is_no_number_speaks_for_a_difference():
@@ -445,6 +539,29 @@ def test_what_a_killed_training_left_is_swept_away(tmp_path, where):
     assert {f.name for f in tmp_path.iterdir()} == {'curves.csv', 'run.json', 'weights.safetensors'}
 
 
+@pytest.mark.parametrize('last', ['run.json', 'curves.csv', 'weights.safetensors'])
+def test_an_extension_that_is_killed_between_two_files_goes_on(tmp_path, monkeypatch, last):
+    "Until the new weights are there the old ones are sound, and damage to them is still noticed."
+    first, longer = train(TINY, tmp_path, progress=False), TINY.model_copy(update={'steps': 4})
+    whole = train(longer, shutil.copytree(tmp_path, tmp_path/'other'), progress=False, extend=True)
+    file = tmp_path/'weights.safetensors'
+    def killed(path, data, do=training.write):
+        do(path, data)
+        if path.name == last: raise KeyboardInterrupt
+    for _ in range(1 if last == file.name else 2):  # and again, unless it is finished
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, 'write', killed)
+            train(longer, tmp_path, progress=False, extend=True)
+    sound = file.read_bytes()
+    assert same(load_weights(file, build(TINY)), whole if last == file.name else first)
+    file.write_bytes(flipped(sound, 8*len(sound) - 1))
+    with pytest.raises(TrainingError, match='damaged'):
+        load_weights(file, build(TINY))
+    file.write_bytes(sound)
+    assert same(train(longer, tmp_path, progress=False, extend=True), whole)
+    assert not (tmp_path/'checkpoint.pt').exists()
+
+
 # ------------------------------------------------------------------ presets and the command line
 IMPOSSIBLE = {
     'digits.entangled': [{'size': 48}, {'size': 33}, {'network': 'large', 'size': 128},
@@ -523,11 +640,21 @@ def test_a_seed_that_torch_does_not_take_ends_in_a_sentence(tmp_path):
         train(TINY, tmp_path, seed=2**32, progress=False)
 
 
-@pytest.mark.parametrize('change', [{'seeds': '0, 0'}, {'pairs': '1, 1, 1',
-                                     'attacks': 'attack.none, attack.strong, attack.strong'}])
+@pytest.mark.parametrize('change', [
+    {'seeds': '0, 0'}, {'seeds': '0, 00'},
+    {'pairs': '1, 1, 1', 'attacks': 'attack.none, attack.strong, attack.strong'},
+    {'attack.eps': '0.1, 0.10'}, {'attack.eps': '1e-1, 0.1'}, {'attack.eps': (.1, .1)},
+    {'attack.sample': 'true, True'}, {'model.beta': '1, 1.0'}])
 def test_nothing_counts_twice(change):
     with pytest.raises(SettingsError, match='is named twice'):
         preset('job.smoke', models='digits.entangled', **change)
+
+
+def test_the_number_of_pairs_is_no_axis():
+    with pytest.raises(SettingsError, match='attack.pairs is no axis') as e:
+        preset('job.smoke', models='digits.entangled', **{'attack.pairs': '1, 2'})
+    one_sentence(e.value)
+    assert preset('job.smoke', models='digits.entangled', **{'attack.eps': .1}).axes == {'attack.eps': (.1,)}
 
 
 # ------------------------------------------------------------------ sweeps and tables

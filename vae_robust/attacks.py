@@ -211,18 +211,25 @@ def unattacked(x: Batch, before) -> Attacked:
     return Attacked(x.clone(), before, before, torch.full_like(before, math.nan), *counts,
                     x.new_zeros(len(x), 0))
 
+# %% ../nbs/16_attacks.ipynb #0b88d7e6
+def nothing_found(x: Batch, before) -> PerImage:
+    """Infinity for each of images x, (B,), in the wider of their type and that of their values
+    `before`: a model may compute in another type than that of its images."""
+    wider = torch.promote_types(x.dtype, before.dtype)
+    return torch.full_like(before, math.inf, dtype=wider)
+
 # %% ../nbs/16_attacks.ipynb #0b88d7e7
 def with_run(found, lowest, rows, xs, value, f):
     """`Attacked` after a run on `rows` that gave images xs of `value`, watched by `f`; what they
     improve on, `lowest`, (B,), is changed in place."""
     won = value < lowest[rows]
-    found.x[rows[won]], lowest[rows[won]] = xs[won], value[won]
-    found.surrogate[rows[won]] = f.surrogate[won]
+    found.x[rows[won]], lowest[rows[won]] = xs[won], value[won].to(lowest)
+    found.surrogate[rows[won]] = f.surrogate[won].to(found.surrogate)
     found.evaluations[rows] += len(f.trace)
     found.nans[rows] += f.nans
     found.zeros[rows] += f.zeros
-    trace = xs.new_full((len(lowest), len(f.trace)), math.nan)
-    trace.index_copy_(0, rows, torch.stack(f.trace, 1))
+    trace = lowest.new_full((len(lowest), len(f.trace)), math.nan)
+    trace.index_copy_(0, rows, torch.stack(f.trace, 1).to(lowest))
     return found._replace(trace=torch.cat([found.trace, trace], 1))
 
 # %% ../nbs/16_attacks.ipynb #df519a17
@@ -235,10 +242,11 @@ def attack_batch(plan, x: Batch, preset, noises, eps, lam,
                  tick=lambda n: None, first=0) -> Attacked:
     """`Attacked`: images x, all at once, by a `Plan`, one run from each of the `starts`.
     `eps`, `lam`: numbers, or one per image; `first`: the place of the first image among all."""
-    rows, lowest = torch.arange(len(x), device=x.device), x.new_full((len(x),), math.inf)
+    rows = torch.arange(len(x), device=x.device)
     of = lambda a: a[rows] if isinstance(a, Tensor) else a
     hard = plan.hard(rows)
     found = unattacked(x, value_of(hard, x))
+    lowest = nothing_found(x, found.before)
     for run, start, g in zip(plan.runs, starts(x, preset, noises), noises):
         if preset.stop is not None:
             rows = (lowest > preset.stop).nonzero()[:, 0]
@@ -284,7 +292,8 @@ def as_weights(model, x, x_t, preset, judge, make, lam=None):
 # %% ../nbs/16_attacks.ipynb #1b7decc8
 def in_batches(size, x, *others):
     """The place of the first of at most `size` images x, and these and `others`: one for each
-    image, or one for all."""
+    image, or one for all. `AttackError` unless `size` is positive."""
+    if size < 1: raise AttackError(f'batch = {size}: at least one image is attacked at a time.')
     part = lambda a, i: a[i:i + size] if isinstance(a, Tensor) else a
     return ((i, [part(a, i) for a in (x, *others)]) for i in range(0, len(x), size))
 

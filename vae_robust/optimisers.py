@@ -125,8 +125,10 @@ class Watched:
         "Remember those of images xs that are the best so far."
         rank = value if self.rank is None else value_of(self.rank, xs).masked_fill(failed, math.inf)
         better = rank < self.lowest
-        self.best = torch.where(bcast(better, xs), xs, self.best) if self.trace else xs
-        self.surrogate = torch.where(better, value, self.surrogate) if self.trace else value
+        if not self.trace:
+            self.best, self.surrogate = xs.clone(), value  # a copy: Adam moves xs in place
+        self.best = torch.where(bcast(better, xs), xs, self.best)
+        self.surrogate = torch.where(better, value, self.surrogate)
         self.lowest = torch.where(better, rank, self.lowest)
 
     done = property(lambda f: f.stop is not None and bool((f.lowest <= f.stop).all()))
@@ -144,7 +146,8 @@ def adam(loss, start: Batch, x: Batch, eps, steps, step,
     gradients are never zeroed."""
     f, project = watched(loss), BALLS[ball].project
     xs = (project(start, x, eps) if best else start).clone().requires_grad_()
-    opt, xs.grad = Adam([xs], lr=step*eps), torch.zeros_like(xs)
+    least = max(1e-8, torch.finfo(xs.dtype).tiny)  # 1e-8 is zero in float16, and 0/0 no step
+    opt, xs.grad = Adam([xs], lr=step*eps, eps=least), torch.zeros_like(xs)
     for _ in range(steps):
         _, _, g = f(xs)
         if f.done: break

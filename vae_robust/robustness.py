@@ -224,20 +224,23 @@ def auddcs(model, preset, test, radii, seed=0):
 
 # %% ../nbs/21_robustness.ipynb #5ce54b5f
 def window(width=11, sigma=1.5):
-    "A Gaussian window that sums to one, (1, 1, width, width)."
-    g = torch.exp(-(torch.arange(width) - width//2.)**2/(2*sigma**2))
+    "A Gaussian window that sums to one, (1, 1, width, width), in double precision."
+    g = torch.exp(-(torch.arange(width, dtype=torch.double) - width//2)**2/(2*sigma**2))
     return (g[:, None]*g/g.sum()**2).view(1, 1, width, width)
 
 # %% ../nbs/21_robustness.ipynb #ea28a5c2
 def ssim(a, b) -> PerImage:
     """Structural similarity (21.3) of images a and b (B, C, H, W) with grey values in [0, 1]:
     (B,), in [-1, 1]. Whole windows only: H, W >= 11. Bytes are taken too (`as_images`)."""
-    a, b = (pixels(as_images(images)) for images in (a, b))
+    a, b = (pixels(as_images(images)).double() for images in (a, b))
+    if a.shape != b.shape or min(a.shape[2:]) < 11:
+        raise ValueError('Images are compared with others of their shape and number, of at least 11 x 11 '
+                         f'pixels: these are {tuple(a.shape)} and {tuple(b.shape)}.')
     smooth = lambda x: F.conv2d(x.flatten(0, 1).unsqueeze(1), window().to(x))
     (ma, mb), c1, c2 = (smooth(a), smooth(b)), .01**2, .03**2
     va, vb, cov = smooth(a*a) - ma*ma, smooth(b*b) - mb*mb, smooth(a*b) - ma*mb
     s = (2*ma*mb + c1)*(2*cov + c2)/((ma*ma + mb*mb + c1)*(va + vb + c2))
-    return s.unflatten(0, a.shape[:2]).flatten(1).mean(1)
+    return s.unflatten(0, a.shape[:2]).flatten(1).mean(1).float()
 
 # %% ../nbs/21_robustness.ipynb #fdbfa9df
 def jacobians(phi, x: Batch) -> Float[Tensor, 'B F pixels']:

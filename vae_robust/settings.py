@@ -133,16 +133,25 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(words), Field(min_length=1
 Words, Seeds = (Annotated[tuple[t, ...], BeforeValidator(words), Field(min_length=1),
                           AfterValidator(different)] for t in (str, Seed))
 
+# %% ../nbs/A1_settings.ipynb #fa5d1803
+def plainly(value):
+    "A value of a label as text, a number in one form: '0.5' for '0.50', .5 and '5e-1'."
+    try:
+        return f'{float(str(value)):g}'
+    except ValueError:
+        return str(value).lower()
+
 # %% ../nbs/A1_settings.ipynb #fa5d1802
 def known_axes(study):
     """A `Study` as it is; ValueError if one of its axes is no key of a model or of an attack,
-    or has a value twice."""
+    or has a value twice, in whatever form, since a table could not tell them apart."""
     kinds = {'model': ModelPreset, 'attack': AttackPreset}
     known = [f'{kind}.{k}' for kind, p in kinds.items() for k in p.model_fields]
     for k, values in study.axes.items():
         meant = next((w for w in known if w.split('.')[1] == k), k)
         if k not in known: raise ValueError(f'{k}: no such key; {near(meant, known)}')
-        different(values)
+        if k == 'attack.pairs': raise ValueError(f'{k} is no axis: pairs has a number for each attack')
+        different([*map(plainly, values)])
     return study
 
 # %% ../nbs/A1_settings.ipynb #780a4441
@@ -177,7 +186,8 @@ class Study(BaseModel, extra='allow', frozen=True):
     @property
     def axes(self):
         "The further keys, each with its values: {'attack.lam': ('0', '1')}."
-        return {k: words(v) for k, v in self.model_extra.items()}
+        several = lambda v: words(v) if isinstance(v, (str, tuple, list)) else (v,)
+        return {k: several(v) for k, v in self.model_extra.items()}
 
     @property
     def budget(self):

@@ -20,8 +20,9 @@ def wilson(k, n, level=.95):
 # %% ../nbs/19_statistics.ipynb #f74d4d6e
 def mean_rate(k, n, z=1.96):
     """Mean over class pairs of the rates k/n in percent, and the ends of its normal interval over
-    the draw of images; empty cells left out."""
+    the draw of images; empty cells left out, NaN if all are empty."""
     k, n = (np.array(a, float)[np.array(n) > 0] for a in (k, n))
+    if not len(n): return (math.nan,)*3
     p = (k + 1)/(n + 2)
     half = z*np.sqrt((p*(1 - p)/n).sum())/len(n)
     mean = (k/n).mean()

@@ -18,8 +18,8 @@ from .data import load
 from .judges import pretrained_judge, train_judge
 from .objectives import for_judges_of_images
 from .robustness import trial
-from .settings import AttackPreset, JudgePreset, SettingsError, facts_of, preset
-from .settings import read_table, root, save_csv
+from .settings import AttackPreset, JudgePreset, SettingsError, facts_of, plainly
+from .settings import preset, read_table, root, save_csv
 from .sweep import alone, answer, finish, key, keep_answers
 from .training import hashes, pretrained, train
 
@@ -203,12 +203,7 @@ def table_of(answers, fold=lambda rows: rows):
 # %% ../nbs/A3_studies.ipynb #e8da6d27
 def label_of(values):
     "Values of labels as one text, numbers in one form: 'entangled 0 strong 0.5'."
-    def word(v):
-        try:
-            return f'{float(str(v)):g}'
-        except ValueError:
-            return str(v).lower()
-    return ' '.join(map(word, values))
+    return ' '.join(map(plainly, values))
 
 # %% ../nbs/A3_studies.ipynb #178060c0
 def known_before(w):

@@ -109,17 +109,36 @@ def save_weights(path, model, settings):
     "Write the parameters of `model` and the str `settings` to a safetensors file, as `packed`."
     write(path, packed(model, settings))
 
+# %% ../nbs/10_training.ipynb #3a49bb66
+def sum_of(path):
+    "The SHA-256 of a file, in hex digits."
+    return sha256(path.read_bytes()).hexdigest()
+
+def known_sums(path):
+    """The checksums, a list, that the record of the run beside `path` (run.json) has for it
+    and for what it replaced; none if it cannot be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        said = json.loads((path.parent/'run.json').read_bytes())
+        return [said['sha256'][path.name], said.get('replaced', {}).get(path.name)]
+    return []
+
 # %% ../nbs/10_training.ipynb #3a49bb68
 def checked(path):
-    """`path`, unless the record of the run beside it (run.json) has another checksum for it: then
+    """`path`, unless the record of the run beside it (run.json) has other checksums for it: then
     `TrainingError`. A record that cannot be read says nothing."""
-    said, path = None, Path(path)
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        said = json.loads((path.parent/'run.json').read_bytes())['sha256'][path.name]
-    if said is None or not path.exists() or sha256(path.read_bytes()).hexdigest() == said:
-        return path
+    path = Path(path)
+    known = known_sums(path)
+    if not known or not path.exists() or sum_of(path) in known: return path
     raise TrainingError(f'{path} is damaged: run.json beside it has another checksum. '
                         'Delete both and train again.')
+
+# %% ../nbs/10_training.ipynb #3a49bb69
+def replacing(folder, names):
+    """What the next record has to say of those files `names` in `folder` that are there and sound,
+    so that they stay sound until others replace them: {'replaced': {name: checksum}}, or {}."""
+    there = {n: sum_of(folder/n) for n in names if (folder/n).exists()}
+    sound = {n: s for n, s in there.items() if s in known_sums(folder/n)}
+    return {'replaced': sound} if sound else {}
 
 # %% ../nbs/10_training.ipynb #2d7f6a50
 def read_weights(path):
@@ -484,9 +503,9 @@ def forward_dtype(precision, device='cpu'):
     return torch.float32 if emulated else getattr(torch, precision)
 
 # %% ../nbs/10_training.ipynb #4b2ad746
-def record(seconds, dtype, device='cpu', **files):
+def record(seconds, dtype, device='cpu', before={}, **files):
     """Circumstances of a run that took `seconds` on `device` with a forward pass in `dtype`,
-    and the checksums of `files` {name: bytes}, as JSON."""
+    the checksums of `files` {name: bytes}, and of those `before` them (`replacing`), as JSON."""
     card = torch.device(device).type == 'cuda'
     processor = platform.processor() or platform.machine()
     machine = torch.cuda.get_device_name(device) if card else processor
@@ -494,7 +513,7 @@ def record(seconds, dtype, device='cpu', **files):
     return json.dumps({'seconds': round(seconds), 'torch': torch.__version__, 'machine': machine,
                        'precision': str(dtype).removeprefix('torch.'),
                        'system': platform.platform(),
-                       'commit': commit(), 'sha256': sums}, indent=1)
+                       'commit': commit(), 'sha256': sums} | before, indent=1)
 
 # %% ../nbs/10_training.ipynb #d0e1c2a4
 def usable(device):
@@ -512,7 +531,8 @@ def leave(path, model, settings, curves, seconds, dtype, device):
     """Write what a finished run leaves beside its weights `path`, and the weights last; then its
     checkpoint is of no use."""
     files = {'curves.csv': curves.to_csv(index=False).encode(), path.name: packed(model, settings)}
-    write(path.parent/'run.json', record(seconds, dtype, device, **files))
+    before = replacing(path.parent, files)
+    write(path.parent/'run.json', record(seconds, dtype, device, before, **files))
     for name, data in files.items():
         write(path.parent/name, data)
     (path.parent/'checkpoint.pt').unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from .judges import judge_loss
 from .objectives import AttackError, unwrapped
 from .settings import ModelPreset, write
 from .training import (TrainingError, build, fit, identity, load_weights, own_images,
-                                 packed, read_weights, save_weights)
+                                 packed, read_weights, replacing, save_weights)
 from .vae import VAE, Posterior, evaluating, reached
 
 # %% ../nbs/29_yours.ipynb #19cb0aaf
@@ -649,7 +649,7 @@ def save_model(model, folder, preset, seed=0, data=None, **metrics):
     sums = {'weights.safetensors': sha256(weights).hexdigest()}
     facts = recorded(folder, settings)[1]
     said = {'torch': torch.__version__, 'sha256': sums, 'metrics': metrics}
-    write(folder/'run.json', json.dumps(said, indent=1))
+    write(folder/'run.json', json.dumps(said | replacing(folder, sums), indent=1))
     write(folder/'README.md', card(folder.resolve().name, preset, facts, metrics, sums))
     write(folder/'weights.safetensors', weights)
     return folder
