@@ -404,6 +404,18 @@ def test_a_vae_on_levels_decodes_numbers(size, network):
     assert m.posterior(x).mode.shape == (6, 2 + 3*5) and m.encode(x)[2].shape == (6, 3, 5)
 
 
+def test_scalars_that_all_images_push_one_way_are_spread_all_the_same():
+    m = on_levels(VAE(1, 6, categoricals=4))
+    m.encoder[-2].bias.data.fill_(50)
+    m.encoder[-2].weight.data.mul_(100)
+    x = torch.rand(200, 1, 32, 32)
+    c = m.train().posterior(x).c.mode
+    assert all(code_entropy(d) > .9*math.log(6) for d in c.unbind(1))
+    mu = m.encoder[:-1](x)[:, :1]
+    torch.testing.assert_close(m.encode(x)[0], mu)  # the Gaussians are not touched
+    assert len(m.eval().posterior(x).c.mode.flatten(1).unique(dim=0)) == 1  # running means
+
+
 def test_training_on_levels_moves_every_weight_and_asks_for_reconstruction_alone(digits):
     m = on_levels(VAE(0, 6, categoricals=4))
     terms = elbo(m, digits)

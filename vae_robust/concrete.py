@@ -137,13 +137,14 @@ def code_entropy(c):
 
 # %% ../nbs/05_concrete.ipynb #dae1b9b2
 class Line(nn.Module):
-    "Numbers (B, n + G) to (B, n + G K): the first `n` as they are, of the others the logits (5.21)."
-    def __init__(self, n, K):
+    """Numbers (B, n + G) to (B, n + G K): the first `n` as they are, and of the others, normalised
+    over the batch (4.11a), the logits (5.21)."""
+    def __init__(self, n, G, K):
         super().__init__()
-        self.n, self.K = n, K
+        self.n, self.K, self.norm = n, K, nn.BatchNorm1d(G, affine=False)
     def forward(self, h):
         h = h.float()  # with half the bits, borders would be elsewhere
-        return torch.cat([h[:, :self.n], level_logits(h[:, self.n:], self.K).flatten(1)], 1)
+        return torch.cat([h[:, :self.n], level_logits(self.norm(h[:, self.n:]), self.K).flatten(1)], 1)
 
 # %% ../nbs/05_concrete.ipynb #067d1a53
 class Numbers(nn.Module):
@@ -160,8 +161,8 @@ def on_levels(model):
     "A `VAE` with its `categoricals` changed into as many scalars of `n_c` levels each, (5.20)."
     n, K, G = model.n_z, model.n_c, model.categoricals
     last, first = model.encoder[-1], model.decoder[0]
-    model.encoder[-1] = nn.Linear(last.in_features, 2*n + G)
-    model.encoder.append(Line(2*n, K))
+    model.encoder[-1] = nn.Linear(last.in_features, 2*n + G, bias=n > 0)
+    model.encoder.append(Line(2*n, G, K))
     model.decoder[0] = nn.Linear(n + G, first.out_features)
     model.decoder.insert(0, Numbers(n, K))
     model.family = Rounded
