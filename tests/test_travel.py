@@ -11,7 +11,7 @@ from vae_robust import training
 from vae_robust.data import images, load
 from vae_robust.settings import preset
 from vae_robust.training import TrainingError, pretrained, read_weights, shipped, train
-from vae_robust.yours import ModelError, load_model, pull, push, save_model
+from vae_robust.yours import ModelError, card, load_model, pull, push, save_model
 
 P = preset('digits.disentangled', 'train.smoke', n_z=3, steps=6, batch=16)
 bytes_in = lambda folder: (folder/'weights.safetensors').read_bytes()
@@ -50,6 +50,14 @@ def test_a_folder_says_what_it_is(tmp_path):
     assert run['metrics'] == {'mig': .25, 'udr': 1/3} and '| udr | 0.333333 |' in page
     assert f'| images | {training.digest(x.x)[:16]} |' in page and '| data | images:cats |' in page
     assert not [f for f in (tmp_path/'mine').iterdir() if b'secret' in f.read_bytes()]
+
+
+@pytest.mark.parametrize('name, words', [
+    ('fsq', '0 Gaussian latents and 4 scalars of 6 levels.'),
+    ('three', '10 Gaussian latents and 3 categoricals of 10 classes.'),
+    ('entangled', '10 Gaussian latents and a categorical of 10 classes.')])
+def test_a_card_says_which_code_a_model_has(name, words):
+    assert words in card('mine', preset(f'mnist.{name}'), {}, {}, {})
 
 
 def test_damage_and_strangers_are_told(tmp_path):

@@ -656,3 +656,13 @@ def moving(figures, name):
     label, first = frames[middle]
     return HTML(SLIDER.format(name=name, act=ACT, at=middle, last=len(frames) - 1, label=label,
                               first=first, frames=all_of_them))
+
+# %% ../nbs/A1_settings.ipynb #fe13d219
+def keep_memory():
+    """Tell glibc's allocator to keep freed memory for this process instead of returning it at every
+    step; elsewhere, do nothing."""
+    here = platform.libc_ver()[0] == 'glibc'
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if here else None
+    if mallopt:
+        mallopt(-3, 32 << 20)                                      # M_MMAP_THRESHOLD, in bytes
+        mallopt(-1, 1 << 30)                                       # M_TRIM_THRESHOLD

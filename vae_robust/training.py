@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'WEIGHTS', 'TrainingError', 'save_weights', 'load_weights',
            'ship', 'shipped', 'pretrained', 'publish_curves']
 
 # %% ../nbs/10_training.ipynb #f79a238d
-import ctypes, inspect, io, json, math, platform, signal, threading, time, zipfile
+import inspect, io, json, math, platform, signal, threading, time, zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,8 +27,8 @@ from .beta_vae import beta_vae, capacity
 from .concrete import Rounded, code_entropy, on_levels
 from .data import as_images, determined, digest, is_set, load, pixels
 from .joint_vae import joint_vae
-from .settings import ModelPreset, SettingsError, TableError, commit, preset
-from .settings import read_table, save_csv, within_limits, write
+from .settings import ModelPreset, SettingsError, TableError, commit, keep_memory
+from .settings import preset, read_table, save_csv, within_limits, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
 from .vae import VAE, elbo, evaluating, kl
 
@@ -452,16 +452,6 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(n)
-
-# %% ../nbs/10_training.ipynb #13c695d8
-def keep_memory():
-    """Tell glibc's allocator to keep freed memory for this process instead of returning it at every
-    step; elsewhere, do nothing."""
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt',
-                      None) if platform.libc_ver()[0] == 'glibc' else None
-    if mallopt:
-        mallopt(-3, 32 << 20)                                      # M_MMAP_THRESHOLD, in bytes
-        mallopt(-1, 1 << 30)                                       # M_TRIM_THRESHOLD
 
 # %% ../nbs/10_training.ipynb #19412afd
 def identity(preset, seed, images=''):

@@ -623,9 +623,10 @@ def card(name, p, facts, metrics, sums):
     """The model card of a `ModelPreset` p, a text: settings, images, `metrics` and the SHA-256 of
     the files `sums`."""
     settings = p.model_dump(exclude_defaults=True) | facts
-    several = 'a categorical' if p.categoricals == 1 else f'{p.categoricals} categoricals'
-    code = f' and {several} of {p.n_c} classes'*bool(p.n_c)
-    return (HEAD.format(**p.model_dump(), name=name, code=code) + rows_as('Settings', settings)
+    kind, parts = ('scalar', 'levels') if p.code == 'fsq' else ('categorical', 'classes')
+    several = f'a {kind}' if p.categoricals == 1 else f'{p.categoricals} {kind}s'
+    words = {'name': name, 'code': f' and {several} of {p.n_c} {parts}'*bool(p.n_c)}
+    return (HEAD.format(**p.model_dump() | words) + rows_as('Settings', settings)
             + rows_as('Metrics', metrics) + rows_as('Files, SHA-256', sums))
 
 # %% ../nbs/29_yours.ipynb #48e47232
