@@ -264,6 +264,28 @@ def test_the_best_image_is_remembered_if_it_was_the_first(optimiser, fails):
     assert torch.equal(found, f.best) and found.isfinite().all() and loss(found).isfinite().all()
 
 
+@pytest.mark.parametrize('wrong', [{'seed': 1.5}, {'seed': -1}, {'seed': 2**64}, {'seed': '1'},
+                                   {'eps': '8/255'}, {'eps': [[.1], [.1, .2]]}, {'eps': {'a': 1}}])
+def test_what_is_no_number_is_told(wrong):
+    with pytest.raises(AttackError, match=[*wrong][0]) as e:
+        attack(VAE(4).eval(), HALF[:2], HALF[2:4], TINY_ATTACK, progress=False, **wrong)
+    one_sentence(e.value)
+
+
+@pytest.mark.parametrize('seed', [np.int64(3), torch.tensor(3)])
+def test_a_seed_may_be_of_any_whole_kind(seed):
+    vae, p = VAE(4).eval(), TINY_ATTACK.model_copy(update={'noise': .5})
+    run = lambda s: attack(vae, HALF[:2], HALF[2:4], p, progress=False, seed=s).x
+    assert torch.equal(run(seed), run(3)) and not torch.equal(run(3), run(4))
+
+
+@pytest.mark.parametrize('key', ['models', 'seeds', 'attack.eps'])
+def test_a_list_with_a_hole_is_told(key):
+    with pytest.raises(SettingsError, match='a word is missing') as e:
+        preset('job.smoke', **({'models': 'digits.entangled'} | {key: '1,'}))
+    one_sentence(e.value)
+
+
 def test_images_are_attacked_one_at_a_time_at_least():
     for batch in (0, -1):
         with pytest.raises(AttackError, match=f'batch = {batch}: at least one image'):

@@ -9,6 +9,7 @@ __all__ = ['verify', 'starts', 'Attacked', 'relative_weights', 'attack', 'Smalle
 
 # %% ../nbs/16_attacks.ipynb #b4e0e234
 import math
+from operator import index
 from typing import NamedTuple
 import numpy as np, torch
 from jaxtyping import Float
@@ -55,7 +56,10 @@ def as_pairs(x, x_t):
 def per_image(name, a, x, rule, fits):
     """`a` as a number, or as one for each of images x, (B,); `AttackError`, with its `name`, if
     there are more or fewer, or if one does not fit: then the `rule` is said."""
-    a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=torch.double)
+    try:
+        a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=torch.double)
+    except (TypeError, ValueError, RuntimeError):
+        raise AttackError(f'{name} must be a number, or several, not {a!r}.') from None
     if a.ndim and a.shape != (len(x),):
         raise AttackError(f'{name} must be one number, or one for each of the {len(x)} images, '
                           f'not numbers of the shape {tuple(a.shape)}.')
@@ -64,9 +68,15 @@ def per_image(name, a, x, rule, fits):
 
 # %% ../nbs/16_attacks.ipynb #8c6c0a44
 def generators(preset, seed):
-    "A generator for each run of an `AttackPreset`, from `seed` on."
-    return [torch.Generator().manual_seed(seed + i)
-            for i in range(preset.restarts*(1 + preset.forced))]
+    "A generator for each run of an `AttackPreset`, from `seed` on; `AttackError` for no whole number."
+    try:
+        first = index(seed)
+    except TypeError:
+        first = -1
+    if not 0 <= first < 2**63:
+        raise AttackError(f'seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.')
+    runs = preset.restarts*(1 + preset.forced)
+    return [torch.Generator().manual_seed(first + i) for i in range(runs)]
 
 # %% ../nbs/16_attacks.ipynb #5cc37f3b
 def as_radii(preset, eps, x):

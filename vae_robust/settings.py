@@ -117,8 +117,12 @@ class AttackPreset(BaseModel, extra='forbid', frozen=True):
 
 # %% ../nbs/A1_settings.ipynb #8fe302bb
 def words(text):
-    "A comma-separated list as a tuple of words; anything that is not a str is returned as it is."
-    return tuple(w.strip() for w in text.split(',')) if isinstance(text, str) else text
+    """A comma-separated list as a tuple of words, ValueError if one is missing; anything that is not
+    a str is returned as it is."""
+    if not isinstance(text, str): return text
+    found = tuple(w.strip() for w in text.split(','))
+    if not all(found): raise ValueError(f'a word is missing in the list {text!r}')
+    return found
 
 # %% ../nbs/A1_settings.ipynb #d15c001e
 def different(values):
