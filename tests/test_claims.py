@@ -39,7 +39,7 @@ ROWS = {'latent': 'latent', 'output': 'output', 'maximum damage': 'damage', 'jud
 PLACE = re.compile(r'\{([\w.]+?)(?:\.(low|high))? (\+?)(-?\d)\}')
 
 NOT_RESULTS = [  # what the setting is, and not what was found
-    '(0 to 1)', 'at most 0.1', 'In 2018', '90 or 180 pairs', '95 %', 'its 52 models', 'Python 3.11',
+    '(0 to 1)', 'at most 0.1', 'In 2018', '90 or 180 pairs', '95 %', 'Python 3.11',
     '6.5 GB', 'about 10 minutes',
     'CC BY-SA 3.0', '2018']
 
