@@ -66,6 +66,13 @@ def smoke_job(once):
     return once('smoke_job', lambda f: report(preset('job.smoke'), f/'runs', f/'figures'))
 
 
+@pytest.fixture(scope='session')
+def library():
+    "library(name): the module `name` of a library that only chapter 29 needs, or a skipped test."
+    said = '{} is not installed: pip install -c requirements.lock -e ".[yours]" adds this test'
+    return lambda name: pytest.importorskip(name, reason=said.format(name.split('.')[0]))
+
+
 @pytest.fixture
 def model():
     "An untrained VAE with 5 Gaussian latents and a 4-way categorical."

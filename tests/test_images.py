@@ -3,6 +3,9 @@ import numpy as np
 import pytest, torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import FakeData, ImageFolder
+from torchvision.transforms import ToTensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from vae_robust.data import DataError, ImageData, data_folder, digest, images, load, resize
 
@@ -164,8 +167,19 @@ def test_parts_must_exist_and_have_images(tmp_path):
         images(tmp_path/'empty')
 
 
-def test_hugging_face():
-    datasets, pyarrow = pytest.importorskip('datasets'), pytest.importorskip('pyarrow')
+def test_torchvision(tmp_path):
+    top = folder(tmp_path, A, lambda i: f'{"abc"[Y[i]]}/{i:03}.png')
+    by_class = [i for k in range(3) for i in range(20) if Y[i] == k]
+    pil, tensors = ImageFolder(top), ImageFolder(top, transform=ToTensor())
+    for source in (pil, tensors, DataLoader(tensors, batch_size=6)):
+        found = images(source)
+        assert torch.equal(found.x, channels_first(A[by_class])) and found.y.tolist() == [*Y[by_class]]
+    fake = FakeData(7, (3, 9, 9), 4)
+    assert torch.equal(images(fake).x[3], pil_to_tensor(fake[3][0])) and len(images(fake).y) == 7
+
+
+def test_hugging_face(library):
+    datasets, pyarrow = library('datasets'), library('pyarrow')
     classes = datasets.ClassLabel(names=[*'abc'])
     features = datasets.Features({'image': datasets.Image(), 'label': classes})
     def rows(which):
@@ -177,3 +191,12 @@ def test_hugging_face():
     assert torch.equal(whole.x, channels_first(A)) and whole.y.tolist() == [*Y]
     both = images({'train': rows(slice(15)), 'test': rows(slice(15, None))}, 'test')
     assert torch.equal(both.x, whole.x[15:])
+
+
+def test_hugging_face_reads_a_folder(library, tmp_path):
+    datasets = library('datasets')
+    top = folder(tmp_path, A, lambda i: f'{"train" if i < 14 else "test"}/{"abc"[Y[i]]}/{i:03}.png')
+    rows = datasets.load_dataset('imagefolder', data_dir=str(top), cache_dir=str(tmp_path/'hub'))
+    for part in ('train', 'test'):
+        ours, theirs = images(top, part), images(rows, part)
+        assert torch.equal(ours.x, theirs.x) and torch.equal(ours.y, theirs.y)

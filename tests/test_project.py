@@ -24,9 +24,20 @@ def test_environment_yml_cannot_drift():
 
 def test_every_dependency_is_pinned_without_addresses():
     lock = (ROOT/'requirements.lock').read_text()
-    for d in PROJECT['dependencies'] + PROJECT['optional-dependencies']['dev']:
-        assert re.search(rf'^{re.split("[=<>]", d)[0]}==', lock, re.M), d
+    for d in PROJECT['dependencies'] + sum(PROJECT['optional-dependencies'].values(), []):
+        assert re.search(rf'^{re.split("[=<>]", d)[0].replace("_", "-")}==', lock, re.M), d
     assert '://' not in lock
+
+
+def test_libraries_of_others_are_an_extra_that_ci_installs():
+    tests = '\n'.join(f.read_text() for f in (ROOT/'tests').glob('test_*.py'))
+    named = {*re.findall(r"library\('(\w+)", tests)} - {'pyarrow'}  # a part of datasets
+    assert named == {*PROJECT['optional-dependencies']['yours']}
+    steps = [step for job in WORKFLOW['jobs'].values() for step in job['steps']]
+    commands = [s.get('run', '') for s in steps] + (ROOT/'.ci'/'run').read_text().splitlines()
+    installs = '.venv/bin/python -m pip install '
+    assert sum(c.startswith(installs) and c.endswith("-e '.[yours]'") for c in commands) == 2
+    assert 'yours' not in MAKEFILE
 
 
 def test_named_packages_are_there():

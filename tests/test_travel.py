@@ -197,8 +197,8 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    pytest.importorskip('huggingface_hub')
+def hub(tmp_path, monkeypatch, library):
+    library('huggingface_hub')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()

@@ -285,8 +285,8 @@ MORE = {'AutoencoderKL': dict(sample_size=16), 'VQModel': dict(num_vq_embeddings
 
 
 @pytest.mark.parametrize('name', MORE)
-def test_diffusers(name):
-    diffusers = pytest.importorskip('diffusers')
+def test_diffusers(name, library):
+    diffusers = library('diffusers')
     model, x = getattr(diffusers, name)(**TINY, **MORE[name]).eval(), torch.rand(4, 3, 16, 16)
     mine = adapt(model, None if name == 'AutoencoderKL' else x)
     with torch.no_grad():
@@ -302,8 +302,8 @@ def test_diffusers(name):
 
 
 @pytest.mark.parametrize('name', ['VAE', 'BetaVAE', 'AE', 'VQVAE', 'FactorVAE', 'VAMP'])
-def test_pythae(name):
-    M = pytest.importorskip('pythae.models')
+def test_pythae(name, library):
+    M = library('pythae.models')
     config = getattr(M, f'{name}Config')(input_dim=(1, 28, 28), latent_dim=4)
     model = getattr(M, name)(config).eval()
     mine, x = adapt(model), torch.rand(4, 1, 28, 28)
@@ -319,21 +319,34 @@ def test_pythae(name):
 
 @pytest.mark.parametrize('name, words', [('VAE_IAF', 'iaf_flow'), ('SVAE', 'log_concentration'),
                                          ('PoincareVAE', 'codes go through'), ('HVAE', 'eps_lf')])
-def test_pythae_with_more_than_an_encoder_and_a_decoder_is_refused(name, words):
-    M = pytest.importorskip('pythae.models')
+def test_pythae_with_more_than_an_encoder_and_a_decoder_is_refused(name, words, library):
+    M = library('pythae.models')
     config = next(c for c in (f'{name}_Config', f'{name}Config') if hasattr(M, c))
     with pytest.raises(ModelError, match=words):
         adapt(getattr(M, name)(getattr(M, config)(input_dim=(1, 28, 28), latent_dim=4)).eval())
 
 
-def test_timm_and_torchvision():
+def test_outputs_of_pythae_from_a_function(library):
+    M = library('pythae.models')
+    model, x = M.VAE(M.VAEConfig(input_dim=(1, 8, 8), latent_dim=4)).eval(), torch.rand(4, *SHAPE)
+    mine = adapt(lambda x: model.encoder(x), x)
+    q = model.encoder(x)
+    torch.testing.assert_close(mine.posterior(x).z.mean, q.embedding)
+    torch.testing.assert_close(mine.posterior(x).z.stddev, (q.log_covariance/2).exp())
+    assert not hasattr(mine, 'decode')
+
+
+def test_torchvision():
     x = torch.rand(4, 3, 32, 32)
     net = importlib.import_module('torchvision.models').squeezenet1_1().eval()
     mean = torch.tensor([.485, .456, .406]).view(3, 1, 1)
     std = torch.tensor([.229, .224, .225]).view(3, 1, 1)
     mine = adapt(net, x)
     torch.testing.assert_close(mine.posterior(x).z.mean, net((x - mean)/std))
-    timm = pytest.importorskip('timm')
+
+
+def test_timm(library):
+    timm, x = library('timm'), torch.rand(4, 3, 32, 32)
     net = timm.create_model('resnet10t', num_classes=0).eval()
     mean, std = (torch.tensor(net.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
     mine = adapt(net, x)
