@@ -1,0 +1,103 @@
+"""Chapters 00 to 13 are read in a course: figures/chapters.csv, which tests/time_chapters.py
+writes, says how long they take. Whoever waits for a cell sees a bar."""
+import ast, re
+from pathlib import Path
+
+import nbformat, pytest
+
+from time_chapters import CHAPTERS, SLOW, timed
+from vae_robust.settings import read_table
+
+ROOT = Path(__file__).parent.parent
+IN_ALL, EACH = 600, 120  # seconds
+NOTEBOOKS = {f.stem: f for f in sorted((ROOT/'nbs').glob('*.ipynb'))}
+MODULES = ('attacks', 'training')  # whose functions have bars
+
+
+def complaints(table):
+    "What is wrong with a table of times: a list of sentences."
+    chapters, slow = table[table.cell == 'all'], table[table.cell != 'all']
+    bare = slow[(slow.bar != 'yes') & (slow.seconds > SLOW)]
+    long = chapters[chapters.seconds > EACH]
+    found = [f'{r.chapter}: no bar for {r.seconds} s: {r.cell}' for r in bare.itertuples()]
+    found += [f'{r.chapter} takes {r.seconds} s, not {EACH}' for r in long.itertuples()]
+    total = chapters.seconds.sum()
+    return found + [f'all chapters take {total:.0f} s, not {IN_ALL}']*bool(total > IN_ALL)
+
+
+def cells(file):
+    "The sources of the code cells of a notebook: {id: source}."
+    return {c.id: c.source for c in nbformat.read(file, 4).cells if c.cell_type == 'code'}
+
+
+def parsed(source): return ast.parse(re.sub('^[%!].*', '', source, flags=re.M))
+
+
+def functions(source):
+    "The functions of a piece of code: {name: its tree}."
+    return {f.name: f for f in parsed(source).body if isinstance(f, ast.FunctionDef)}
+
+
+def silent(tree):
+    "Whether a piece of code asks for no progress."
+    keywords = [k for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == 'progress']
+    return any(getattr(k.value, 'value', None) is False for k in keywords)
+
+
+def may_show_bar(source, known):
+    "Whether a piece of code, or a function in `known` that it comes to, names a bar."
+    todo, seen = [parsed(source)], set()
+    while todo:
+        tree = todo.pop()
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        if silent(tree): continue
+        if 'tqdm' in names: return True
+        todo += [known[name] for name in names & known.keys() - seen]
+        seen |= names
+    return False
+
+
+TABLE = read_table(ROOT/'figures'/'chapters.csv').fillna('')
+
+
+def test_the_table_has_all_chapters_and_says_that_none_is_long_or_bare():
+    found = TABLE[TABLE.cell == 'all'].chapter
+    assert found.tolist() == [name for name in NOTEBOOKS if name[:2] in CHAPTERS]
+    assert complaints(TABLE) == []
+
+
+def test_what_the_table_must_not_say():
+    def said(cell, what):
+        changed = TABLE.copy()
+        row = changed.index[(changed.cell == 'all') == (cell == 'all')][0]
+        changed.loc[row, list(what)] = list(what.values())
+        return ' '.join(complaints(changed))
+    assert 'no bar for 5.1 s' in said('a cell', {'bar': 'no', 'seconds': 5.1})
+    assert 'takes 120.1 s, not 120' in said('all', {'seconds': 120.1})
+    assert 'all chapters take' in said('all', {'seconds': 600.1})
+
+
+@pytest.mark.parametrize('chapter', sorted({*TABLE[TABLE.id != ''].chapter}))
+def test_slow_cells_have_their_bars_still(chapter):
+    "If a cell is gone, run tests/time_chapters.py again."
+    here = cells(NOTEBOOKS[chapter])
+    modules = [(ROOT/'vae_robust'/f'{m}.py').read_text() for m in MODULES]
+    known = {k: f for text in [*modules, *here.values()] for k, f in functions(text).items()}
+    slow = TABLE[(TABLE.chapter == chapter) & (TABLE.id != '')]
+    assert [r.cell for r in slow.itertuples() if not may_show_bar(here[r.id], known)] == []
+
+
+def test_a_cell_without_a_bar_is_found():
+    known = functions('def f(): return g()\ndef g(): return tqdm(x)\ndef h(): return 1')
+    assert may_show_bar('f()', known) and may_show_bar('for x in tqdm(y): x', {})
+    assert not may_show_bar('h("tqdm")', known) and not may_show_bar('f(progress=False)', known)
+
+
+def test_cells_are_timed_and_their_bars_seen(tmp_path):
+    wait = 'import time\ntime.sleep(.3)'
+    shown = f"import sys\nprint(' 50%|#####     | 1/2', file=sys.stderr)\n{wait}"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in ('1', wait, shown)])
+    nbformat.write(nb, tmp_path/'00_a.ipynb')
+    table = timed(tmp_path/'00_a.ipynb', slow=.2)
+    assert table.bar.tolist() == ['', 'no', 'yes'] and table.cell[0] == 'all'
+    assert table.seconds[0] > .6 and (table.seconds > .3).all()
