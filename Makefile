@@ -1,4 +1,4 @@
-# make run    set up, then the main job: train or load the models, attack them, print the tables, write figures/
+# make run    set up, then the main job: train or load the models, attack them, print the tables; what differs from figures/ goes to runs/
 # make test   set up, then the tests           make lab     set up, then open the notebooks
 # make test-all  the same with 1,000 draws of random attacks instead of 60 and the slow tests, then all broken formulas
 # make export notebooks -> vae_robust/         make clean   remove what make made, except data and runs/

@@ -101,4 +101,5 @@ def recomputed(table, folder=None):
 # %% ../nbs/A4_claims.ipynb #6a4adb1b
 def refresh(folder=None):
     "Write the claims again, `recomputed` from the tables of today."
+    folder = folder or root()/'figures'
     save_csv(recomputed(claims(folder), folder).reset_index(), 'claims', folder)

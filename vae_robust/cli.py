@@ -293,7 +293,7 @@ def show_gaps(table, folder, job):
 # %% ../nbs/A7_cli.ipynb #39bc1fee
 def report(job, runs, folder=None):
     """Compute what is missing of a job, print its results, and write its tables and figures to
-    `folder` (job.main: figures/, others: their own in `runs`)."""
+    `folder` (job.main: `settings.put` decides, others: their own in `runs`)."""
     from vae_robust import settings
     from vae_robust.experiments import digits
     folder = folder or (None if job == 'job.main' else runs/job)
@@ -301,11 +301,12 @@ def report(job, runs, folder=None):
     print(settings.markdown(means, '.1f'))
     if table.seed.nunique() > 1 and {'disentangled', 'entangled'} <= {*table.model}:
         show_gaps(table, folder, job)
-    print(f'Tables and figures: {folder or root()/"figures"}')
+    otherwise = '' if folder or settings.publishing() else ', and what differs here in runs/figures'
+    print(f'Tables and figures: {folder or root()/"figures"}{otherwise}')
 
 # %% ../nbs/A7_cli.ipynb #1585f28c
 Folder = option(Path | None, 'Where figures and tables go.',
-                show_default='figures; for other jobs than job.main RUNS/JOB')
+                show_default='runs/figures if they differ from figures; of other jobs RUNS/JOB')
 Everything = option(bool, 'All tables, studies, series and notebooks too: some hours.', '--everything')
 
 # %% ../nbs/A7_cli.ipynb #f1130cf7
@@ -320,6 +321,8 @@ def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Folder = None,
     if everything and (folder or runs != RUNS):
         raise SettingsError('--everything writes to figures/ and runs/ of the checkout: '
                             'leave --folder and --runs out.')
+    if everything:
+        os.environ.setdefault('VAE_ROBUST_PUBLISH', '1')
     report(job, runs, folder)
     if everything:
         all_of_it(runs)
@@ -358,14 +361,15 @@ def study(name: StudyName, runs: Runs = RUNS, jobs: Jobs = -1, backend: Backend 
     print(forecast(name, asked, sides, runs))
     if dry_run: return
     pool = {'backend': backend} | ({'jobs': jobs} if backend == 'local' else {})
+    folder = figures or root()/'figures'                        # a study is there to be published
     if dose:
         series.respond(asked, runs, **pool)
-        series.publish_doses(runs, figures)
+        series.publish_doses(runs, folder)
     elif asked.draw is not None:
-        confirm.publish_measures(name.removeprefix('study.'), asked, runs, figures, **pool)
+        confirm.publish_measures(name.removeprefix('study.'), asked, runs, folder, **pool)
     else:
         studies.trials(asked, runs, **pool)
-        tables.publish_study(name.removeprefix('study.'), runs, figures)
+        tables.publish_study(name.removeprefix('study.'), runs, folder)
 
 # %% ../nbs/A7_cli.ipynb #94e6cec2
 QUIET = {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}  # bars and warnings are not for the page

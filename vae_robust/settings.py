@@ -594,29 +594,65 @@ def alike(a, b):
     return max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
 
 # %% ../nbs/A1_settings.ipynb #9af84fee
-def renew(path, data):
-    "`write` `data` (str or bytes) to `path`, unless a file with the same `content` is there."
+def says(path, data):
+    "Whether there is a file `path` with the same `content` as `data` (str or bytes)."
     data = data.encode() if isinstance(data, str) else data
     with suppress(OSError, ValueError, SyntaxError):  # none, or a damaged one
         (said, old), (says, new) = content(Path(path).read_bytes()), content(data)
-        if said == says and len(old) == len(new) and all(map(alike, old, new)): return path
-    return write(path, data)
+        return said == says and len(old) == len(new) and all(map(alike, old, new))
+    return False
+
+# %% ../nbs/A1_settings.ipynb #eb07f1d0
+def renew(path, data):
+    "`write` `data` (str or bytes) to `path`, unless it `says` the same."
+    return path if says(path, data) else write(path, data)
+
+# %% ../nbs/A1_settings.ipynb #1f920773
+def publishing():
+    "True if the environment variable VAE_ROBUST_PUBLISH is set and not '0': runs write to figures/."
+    return os.environ.get('VAE_ROBUST_PUBLISH', '0') not in ('', '0')
+
+# %% ../nbs/A1_settings.ipynb #f82b7323
+def apart(old, new):
+    "How far the table or picture in the file `new` is from the one in `old`, in words."
+    if not old.exists(): return 'new'
+    if old.suffix != '.csv': return 'another picture'
+    with suppress(TableError):                     # the published one is damaged
+        a, b = read_table(old), read_table(new)
+        far = (a.select_dtypes('number') - b.select_dtypes('number')).abs().max().dropna()
+        if a.shape == b.shape and [*a] == [*b] and far.max() > 0:
+            return f'up to {far.max():.2g} away ({far.idxmax()})'
+    return 'another table'
+
+# %% ../nbs/A1_settings.ipynb #3ccb2d43
+def put(file, data, folder=None):
+    """`renew` `file` with `data` in `folder`. Without a folder that is figures/ of a publication;
+    else runs/figures/, with a word on it, unless figures/ has the same."""
+    public, own = root()/'figures'/file, root()/'runs'/'figures'/file
+    if folder or publishing(): return renew(Path(folder)/file if folder else public, data)
+    if says(public, data):
+        remove(own)                                  # of an earlier run
+        return public
+    write(own, data)
+    if public.parent.is_dir() and own.suffix != '.md':
+        print(f'figures/{file} stays: here it is {apart(public, own)}, see runs/figures/. '
+              'VAE_ROBUST_PUBLISH=1 publishes it.', file=sys.stderr)
+    return own
 
 # %% ../nbs/A1_settings.ipynb #abfe2cd8
 def save_figure(fig, name, folder=None, **facts):
-    """Write `fig` to figures/`name`.png with its provenance in the PNG's description;
-    in smoke mode only into a given `folder`."""
+    """`put` `fig` into `folder` (figures/) as `name`.png, with its provenance in the PNG's
+    description; in smoke mode only into a given `folder`."""
     if smoke() and folder is None: return
     said = {'Description': provenance(**facts), 'Software': None}
     fig.savefig(data := io.BytesIO(), dpi=110, bbox_inches='tight', format='png', metadata=said)
-    renew(Path(folder or root()/'figures')/f'{name}.png', data.getvalue())
+    put(f'{name}.png', data.getvalue(), folder)
 
 # %% ../nbs/A1_settings.ipynb #81c36fba
 def save_csv(table, name, folder=None, **facts):
-    """Write a data frame to `name`.csv in `folder` (figures/), its provenance and a checksum in the
-    first line after `# `; the data frame."""
-    text = table_text(table.infer_objects(), provenance(**facts))
-    renew(Path(folder or root()/'figures')/f'{name}.csv', text)
+    """`put` a data frame into `folder` (figures/) as `name`.csv, with its provenance and a checksum
+    in the first line after `# `; the data frame."""
+    put(f'{name}.csv', table_text(table.infer_objects(), provenance(**facts)), folder)
     return table
 
 # %% ../nbs/A1_settings.ipynb #792620c4
@@ -626,13 +662,12 @@ def markdown(table, floatfmt='.2f'):
     return blank.to_markdown(index=False, floatfmt=floatfmt)
 
 def save_table(table, name, folder=None, floatfmt='.2f', **facts):
-    """Write a data frame to figures/`name`.csv and .md with its provenance;
+    """`put` a data frame into `folder` (figures/) as `name`.csv and .md with its provenance;
     in smoke mode only into a given `folder`."""
     if smoke() and folder is None: return
     save_csv(table, name, folder, **facts)
     text = markdown(table, floatfmt)
-    renew(Path(folder or root()/'figures')/f'{name}.md',
-          f'{text}\n\n<sub>{provenance(**facts)}</sub>\n')
+    put(f'{name}.md', f'{text}\n\n<sub>{provenance(**facts)}</sub>\n', folder)
 
 # %% ../nbs/A1_settings.ipynb #cf048a5c
 ACT = """const box = this.closest('figure'), [label, src] = JSON.parse(box.dataset.frames)[this.value];

@@ -245,7 +245,8 @@ def merged(new, path, keys, by):
 def publish(new, name, keys, by, folder=None, order=(), **facts):
     """Write `new`, `merged` with what is there, to figures/`name`.csv (or `folder`) with its
     keys; the table."""
-    table = merged(new, Path(folder or root()/'figures')/f'{name}.csv', keys, by)
+    folder = Path(folder or root()/'figures')
+    table = merged(new, folder/f'{name}.csv', keys, by)
     if order:
         table = table.sort_values(order, ignore_index=True)
     return save_csv(table, name, folder, cells={k: keys[k] for k in labels_of(table, by).unique()},

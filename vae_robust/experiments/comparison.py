@@ -17,7 +17,7 @@ from scipy import stats
 from ..data import FACTORS, SCALES, ImageData, least_scale, pixels
 from ..metrics import (METRICS, class_accuracy, dci, encode, entropies, score_all,
                                         mig, mutual_information, sap, udr)
-from ..settings import preset, provenance, read_table, renew, root, save_csv, smoke
+from ..settings import preset, provenance, put, read_table, root, save_csv, smoke
 from ..sweep import collected, sweep
 from ..training import curves_of, hashes, own_images, pretrained, train
 from ..total_correlation import measured_terms
@@ -171,15 +171,14 @@ def frames(model, x, values):
 
 # %% ../../nbs/25_comparison.ipynb #d53b7129
 def save_gif(pictures, name, folder=None, **facts):
-    """Write grey pictures, uint8 (H, W), there and back,
-    to figures/`name`.gif with 12 shades and their provenance as a comment;
-    in smoke mode only into a given `folder`."""
+    """`put` grey pictures, uint8 (H, W), there and back, into `folder` (figures/) as `name`.gif
+    with 12 shades and their provenance as a comment; in smoke mode only into a given `folder`."""
     if smoke() and folder is None: return
     shades = [Image.fromarray((p.astype(float)*11/255).round().astype(np.uint8)*23)
               for p in [*pictures, *pictures[-2:0:-1]]]
     shades[0].save(data := io.BytesIO(), 'GIF', save_all=True, append_images=shades[1:],
                    duration=120, loop=0, comment=provenance(**facts).encode())
-    renew(Path(folder or root()/'figures')/f'{name}.gif', data.getvalue())
+    put(f'{name}.gif', data.getvalue(), folder)
 
 # %% ../../nbs/25_comparison.ipynb #9b79c87f
 def rank_correlations(table):
@@ -204,7 +203,7 @@ def publish(runs, folder=None, seeds=None):
     facts = dict(presets=[f'dsprites.{n}' for n in NAMES], seeds=sorted(set(pairs.seed)), n=5_000,
                  halves=5, data='re-drawn dSprites')
     for name, t in {'comparison': table, 'comparison_curves': curves}.items():
-        save_csv(t, name, folder, **facts)
+        save_csv(t, name, folder or root()/'figures', **facts)
     return table
 
 # %% ../../nbs/25_comparison.ipynb #cd4d5e49

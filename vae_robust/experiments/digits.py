@@ -16,7 +16,7 @@ from ..judges import judged
 from ..optimisers import without_subnormals
 from ..robustness import counts, pairs, rates, reconstruct
 from ..statistics import mean_rate, t_interval
-from ..settings import preset, save_csv, save_figure, save_table
+from ..settings import preset, root, save_csv, save_figure, save_table
 from ..studies import (ask, last, looks_of, models_of, prepare, restore, table_of,
                                 trials)
 from ..training import one_thread
@@ -187,6 +187,7 @@ def first_models(study, runs):
 # %% ../../nbs/23_digits.ipynb #ddbbc07d
 def publish_tables(study, runs, folder=None):
     "Write the `results` of a `Study` to tables.csv in `folder` (figures/) and return them."
+    folder = folder or root()/'figures'
     return save_csv(results(study, runs), 'tables', folder, **study.model_dump())
 
 # %% ../../nbs/23_digits.ipynb #a65b0d79

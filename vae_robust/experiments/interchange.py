@@ -82,7 +82,7 @@ def publish_swaps(study, runs, folder=None, **pool):
     """Write what `swaps_of` finds of every model of a `Study` with a `draw` to interchange.csv in
     `folder` (figures/); the table. Resumes in the folder `runs`."""
     table = table_of(ask(swap_cells(study, runs), swaps_of, runs, **pool))
-    return save_csv(table, 'interchange', folder, study=study.model_dump())
+    return save_csv(table, 'interchange', folder or root()/'figures', study=study.model_dump())
 
 # %% ../../nbs/28_interchange.ipynb #25c7b40f
 def flip_radius(model, x, box=True):

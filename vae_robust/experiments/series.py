@@ -19,7 +19,7 @@ from .tables import per_source
 from ..metrics import encode, gaussian_tc, udr
 from ..objectives import features, norm
 from ..robustness import auddcs, jacobians, margins, stays_within
-from ..settings import preset, read_settings, save_csv
+from ..settings import preset, read_settings, root, save_csv
 from ..statistics import interval
 from ..studies import (Cell, answered, ask, cells_of, keys_of, last, looks_of, models_of, prepare,
                                 publish, restore, table_of, trial_of)
@@ -196,5 +196,6 @@ def publish_quantities(runs, folder=None):
     """Write the `quantities` of the models of [study.primary] to figures/quantities.csv (or to
     `folder`); the table."""
     study = preset('study.primary')
+    folder = folder or root()/'figures'
     return save_csv(quantities(study, runs).round(4), 'quantities', folder, models=study.models,
                     seeds=study.seeds, attack='attack.output')
