@@ -1,5 +1,5 @@
 "The site: every chapter, every exported name, every link."
-import json, re
+import json, re, subprocess, sys
 from html.parser import HTMLParser
 from importlib import import_module
 from urllib.parse import unquote
@@ -127,6 +127,20 @@ def test_in_a_public_repository_each_chapter_says_how_to_run_it_elsewhere(tmp_pa
     assert len(links) == 2 and all('someone/vae_robust' in link for link in links)
     assert all((build_site.root()/link[link.index('nbs/'):]).is_file() for link in links)
     assert 'someone' not in (tmp_path/'index.html').read_text()
+
+
+def test_the_first_cell_for_elsewhere_gives_a_folder_in_which_chapters_find_all(tmp_path):
+    repository = 'file://' + str(build_site.root())
+    cell = build_site.FIRST_CELL.replace('https://github.com/{}', repository).splitlines()
+    clone, install = cell[0].removeprefix('!').split(' && ')
+    assert (install, *cell[1:]) == ('pip install -q ./here', '%cd here')  # the wheel has its tests
+    if not (build_site.root()/'.git').exists():
+        pytest.skip('not a git checkout')
+    subprocess.run([*clone.split(), '--depth=1'], cwd=tmp_path, check=True)
+    code = '''import vae_robust.settings as s
+assert s.root().samefile('.') and (s.root()/'vae_robust'/'weights'/'dsprites').is_dir()
+assert len(s.read_table(s.root()/'figures'/'means.csv'))'''
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path/'here', check=True)
 
 
 def test_without_npm_it_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch):

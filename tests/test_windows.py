@@ -1,6 +1,6 @@
 """The package on Windows. Elsewhere this is played: what Windows lacks is taken away, and what it
 refuses is refused."""
-import os, subprocess, sys, traceback
+import ast, os, subprocess, sys, traceback
 from pathlib import Path
 
 from vae_robust.settings import linked, settings_file
@@ -95,6 +95,27 @@ def is_hook(finder): return 'jaxtyping' in type(finder).__module__
 def test_the_package_imports_writes_and_locks(tmp_path):
     code = (PLAYED if sys.platform != 'win32' else '') + ASKED
     assert played(code, str(tmp_path)) == '' and (tmp_path/'end').exists()
+
+
+def says_no_encoding(call):
+    "Whether a call reads or writes text in whatever encoding the system has."
+    name = getattr(call.func, 'attr', getattr(call.func, 'id', ''))
+    if 'encoding' in {k.arg for k in call.keywords}: return False
+    if name in ('read_text', 'write_text'): return True
+    modes = [a.value for a in call.args[1:2] if isinstance(a, ast.Constant)]
+    return isinstance(call.func, ast.Name) and name == 'open' and not any('b' in m for m in modes)
+
+
+def told(source): return [c for c in ast.walk(ast.parse(source))
+                          if isinstance(c, ast.Call) and says_no_encoding(c)]
+
+
+def test_text_is_utf_8_whatever_the_system_has():
+    for f in (ROOT/'vae_robust').rglob('*.py'):
+        assert [c.lineno for c in told(f.read_text(encoding='utf-8'))] == [], f.name
+    wrong = "open(p)", "open(p, 'a')", "p.read_text()", "p.write_text(t)"
+    right = "open(p, 'rb')", "p.read_text(encoding='utf-8')", "z.open('a')", "open(p, encoding='utf-8')"
+    assert all(map(told, wrong)) and not any(map(told, right))
 
 
 def test_a_link_that_git_wrote_as_text_is_followed(tmp_path):

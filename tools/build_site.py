@@ -148,6 +148,9 @@ def reference(name):
 
 # ------------------------------------------------------------------ pages
 
+FIRST_CELL = """!git clone -q https://github.com/{} here && pip install -q ./here
+%cd here"""  # chapters read figures/, and weights that the wheel has not
+
 def elsewhere(file, repository):
     """HTML that opens the chapter of a page `file` on Binder and Colab, from the main branch of
     a public `repository` on GitHub, 'owner/name'; '' for pages that are no chapters."""
@@ -155,9 +158,10 @@ def elsewhere(file, repository):
     if not repository or not (root()/chapter).is_file(): return ''
     binder = f'https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/{chapter}'
     colab = f'https://colab.research.google.com/github/{repository}/blob/main/{chapter}'
+    cell = html.escape(FIRST_CELL.format(repository)).replace('\n', '<br>')
     return (f'<p class="way"><span>Run this chapter on <a href="{binder}">Binder</a> or on '
             f'<a href="{colab}">Colab</a>, there with the first cell '
-            f'<code>%pip install -q git+https://github.com/{repository}</code></span></p>')
+            f'<code>{cell}</code></span></p>')
 
 
 def plain(text):

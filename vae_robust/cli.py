@@ -138,7 +138,7 @@ def remarks():
     """What the comment above each section of the settings says: {section: the comment's first
     sentence}."""
     said, found = '', {}
-    for line in settings_file().read_text().splitlines():
+    for line in settings_file().read_text(encoding='utf-8').splitlines():
         if line.startswith(';'):
             said = '' if '-----' in line else line[1:].strip()
         elif line.startswith('['):
