@@ -21,8 +21,8 @@ from .data import as_images, digest, pixels
 from .judges import judge_loss
 from .objectives import AttackError, unwrapped
 from .settings import ModelPreset, write
-from .training import (TrainingError, build, fit, identity, load_weights, own_images,
-                                 packed, read_weights, replacing, save_weights)
+from .training import (TrainingError, build, fit, identity, load_weights, one_thread,
+                                 own_images, packed, read_weights, replacing, save_weights)
 from .vae import VAE, Posterior, evaluating, reached
 
 # %% ../nbs/29_yours.ipynb #19cb0aaf
@@ -555,7 +555,8 @@ def own_judge(data, folder, steps=400, progress=True):
         judge = small_classifier(data.x.shape[1], int(data.y.max()) + 1)
     if path.exists(): return load_weights(path, judge, settings).eval()
     adam, batch = partial(Adam, lr=1e-3), min(64, len(data.y))
-    fit(judge, judge_loss, tuple(data), steps, batch, adam, progress=progress, desc='judge')
+    with one_thread():
+        fit(judge, judge_loss, tuple(data), steps, batch, adam, progress=progress, desc='judge')
     save_weights(path, judge, settings)
     return judge.eval()
 
