@@ -5,9 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from os import environ
 from pathlib import Path
 
-import pytest
+import pytest, tomllib, yaml
 
-import vae_robust
+import addresses, vae_robust
 from vae_robust import NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +84,27 @@ def test_the_wheel_says_what_it_is(wheel):
     classifiers = {'Typing :: Typed', 'Programming Language :: Python :: 3.13'}
     assert classifiers <= {*meta.get_all('Classifier')}
     assert meta.get_payload().startswith('# vae_robust')
+
+
+def test_a_public_wheel_has_whole_addresses():
+    text = (ROOT/'README.md').read_text()
+    found = addresses.absolute(text, 'someone/vae_robust')
+    links = re.findall(r'(!?)\[[^]]*\]\(([^)]+)\)', found)
+    assert len(links) > 50 and all(link.startswith('https://') for _, link in links)
+    ours = [(bang, link) for bang, link in links if 'someone' in link]
+    parts = [(bang, *link.removeprefix('https://github.com/someone/vae_robust/').split('/', 2))
+             for bang, link in ours]
+    assert all((ROOT/file).exists() for *_, file in parts)
+    assert {(bang, kind, branch) for bang, kind, branch, _ in parts} == {
+        ('!', 'raw', 'main'), ('', 'blob', 'main')}
+    urls = addresses.with_urls((ROOT/'pyproject.toml').read_text(), 'someone/vae_robust')
+    project = tomllib.loads(urls)['project']
+    assert project['urls']['Documentation'] == 'https://someone.github.io/vae_robust/'
+    assert project['scripts']
+    workflow = yaml.safe_load((ROOT/'.github'/'workflows'/'ci.yml').read_text())
+    runs = [s['run'] for s in workflow['jobs']['wheel']['steps'] if 'run' in s]
+    assert runs[:2] == ['python tools/addresses.py ${{ github.repository }}',
+                        'python -m pip wheel . --no-deps -w dist']
 
 
 FIRST_HOUR = """
