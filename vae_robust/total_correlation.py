@@ -6,8 +6,7 @@ $+ D_{\mathrm{KL}}(q(z)\,\|\,\prod_d q(z_d))$ $+ \sum_d D_{\mathrm{KL}}(q(z_d)\,
 
 # %% auto #0
 __all__ = ['gaussian_decomposition', 'log_aggregate', 'kl_terms', 'stratified_weights', 'measured_terms', 'parts_with_code',
-           'log_stratified_weights', 'tc_vae', 'discriminator', 'density_ratio_loss', 'permute_latents',
-           'with_discriminator', 'factor_vae']
+           'tc_vae', 'discriminator', 'density_ratio_loss', 'permute_latents', 'with_discriminator', 'factor_vae']
 
 # %% ../nbs/08_total_correlation.ipynb #d75ddca6
 import math
