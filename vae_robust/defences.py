@@ -60,8 +60,8 @@ class Corrected:
 
 # %% ../nbs/30_defences.ipynb #857a8770
 def averaged(make, models):
-    """An entry of `OBJECTIVES` that is the mean of `make` over `models`, instead of the model that is
-    attacked: (30.5)."""
+    """An entry of `OBJECTIVES` that is the mean of `make` over `models`, instead of the one
+    that is attacked: (30.5)."""
     def of(_, x_t, name, judge):
         each = [make(m, x_t, name, judge) for m in models]
         return lambda xs: torch.stack([J(xs) for J in each]).mean(0)
@@ -167,7 +167,7 @@ def is_certified(model, x: Batch, eps) -> Tensor:
 
 # %% ../nbs/30_defences.ipynb #8b119c52
 def certified_radius(model, x: Batch, top=.4, halvings=12) -> PerImage:
-    "The largest radius, up to `top`, at which images x (B, ...) were seen to be `is_certified`: (B,)."
+    "The largest radius up to `top` at which images x (B, ...) are `is_certified`: (B,)."
     low, high = torch.zeros(len(x)), torch.full((len(x),), top)
     for _ in range(halvings):
         middle = (low + high)/2
@@ -183,7 +183,7 @@ def borders(K, like):
 
 # %% ../nbs/30_defences.ipynb #5da132fd
 def overshoot(low, high, h, K):
-    "By how much bounds (B, G) leave the cell of h (B, G), summed over scalars, as in (30.14): (B,)."
+    "By how much bounds (B, G) leave the cell of h (B, G), summed as in (30.14): (B,)."
     t, k = borders(K, h), rounded(h, K)
     return ((high - t[k + 1]).clamp(min=0) + (t[k] - low).clamp(min=0)).sum(1)
 
