@@ -77,13 +77,13 @@ def test_what_the_table_must_not_say():
     assert 'all chapters take' in said('all', {'seconds': 600.1})
 
 
-@pytest.mark.parametrize('chapter', sorted({*TABLE[TABLE.id != ''].chapter}))
+@pytest.mark.parametrize('chapter', sorted({*TABLE[TABLE.id != '-'].chapter}))
 def test_slow_cells_have_their_bars_still(chapter):
     "If a cell is gone, run tests/time_chapters.py again."
     here = cells(NOTEBOOKS[chapter])
     modules = [(ROOT/'vae_robust'/f'{m}.py').read_text() for m in MODULES]
     known = {k: f for text in [*modules, *here.values()] for k, f in functions(text).items()}
-    slow = TABLE[(TABLE.chapter == chapter) & (TABLE.id != '')]
+    slow = TABLE[(TABLE.chapter == chapter) & (TABLE.id != '-')]
     assert [r.cell for r in slow.itertuples() if not may_show_bar(here[r.id], known)] == []
 
 
@@ -99,5 +99,5 @@ def test_cells_are_timed_and_their_bars_seen(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in ('1', wait, shown)])
     nbformat.write(nb, tmp_path/'00_a.ipynb')
     table = timed(tmp_path/'00_a.ipynb', slow=.2)
-    assert table.bar.tolist() == ['', 'no', 'yes'] and table.cell[0] == 'all'
+    assert table.bar.tolist() == ['-', 'no', 'yes'] and table.cell[0] == 'all'
     assert table.seconds[0] > .6 and (table.seconds > .3).all()

@@ -53,10 +53,10 @@ def timed(file, slow=SLOW):
     client.on_cell_start, client.on_cell_executed = begin, end
     start = time.perf_counter()
     client.execute(env={k: v for k, v in os.environ.items() if k != 'VAE_ROBUST_SMOKE'})
-    rows = [['', 'all', began['all'][0] - start, began['all'][1], '']] + rows
+    rows = [['-', 'all', began['all'][0] - start, began['all'][1], '-']] + rows
     table = pd.DataFrame(rows, columns=['id', 'cell', 'seconds', 'CPU', 'bar'])
     table.insert(0, 'chapter', file.stem)
-    return table[(table.id == '') | (table.seconds > slow)]
+    return table[(table.id == '-') | (table.seconds > slow)]
 
 
 def main(chapters):
