@@ -95,13 +95,15 @@ def farthest(distance, x: Batch, eps, steps) -> Batch:
 def smooth(model, x, step=0, *, rho, eps, inner) -> Terms:
     """(30.10) of images x (B, ...) as `Terms`: rec and divergences are means over an image and its
     worst neighbour within `eps`, after `inner` steps."""
-    def coupled(xs):
-        p = model.posterior(xs)
+    def coupled(p):
         kl_z = coupled_kl(q.z, p.z, rho)/2
-        return p, kl_z, kl_z.new_zeros(len(kl_z)) if p.c is None else coupled_kl_c(q.c, p.c, rho)/2
+        return kl_z, kl_z.new_zeros(len(kl_z)) if p.c is None else coupled_kl_c(q.c, p.c, rho)/2
+    def away(xs):
+        kl_z, kl_c = coupled(model.posterior(xs))
+        return kl_z.sum(1) + kl_c
     q = model.posterior(x)
-    far = farthest(lambda xs: coupled(xs)[1].sum(1) + coupled(xs)[2], x, eps, inner)
-    p, kl_z, kl_c = coupled(far)
+    p = model.posterior(farthest(away, x, eps, inner))
+    kl_z, kl_c = coupled(p)
     rec = -(model.log_likelihood(x, q.rsample()) + model.log_likelihood(x, p.rsample()))/2
     return Terms((rec + kl_z.sum(-1) + kl_c).mean(), rec, kl_z, kl_c)
 
@@ -145,10 +147,10 @@ def bounds(layers, low: Batch, high: Batch):
 
 # %% ../nbs/30_defences.ipynb #a190a843
 def heights(model, low, high):
-    "Bounds (B, G) of the scalars, before they are rounded, of a model with code = fsq and n_z = 0."
+    """Bounds (B, G) of the scalars, before they are rounded, of a model with code = fsq and n_z = 0
+    in eval mode."""
     *layers, line = model.encoder
-    return tuple((h - line.norm.running_mean)/(line.norm.running_var + line.norm.eps).sqrt()
-                 for h in bounds(layers, low, high))
+    return tuple(map(line.norm, bounds(layers, low, high)))
 
 # %% ../nbs/30_defences.ipynb #bbddd106
 def rounded(h, K):
@@ -158,8 +160,8 @@ def rounded(h, K):
 # %% ../nbs/30_defences.ipynb #ecb29313
 def is_certified(model, x: Batch, eps) -> Tensor:
     """Whether (30.13) proves that no image within `eps`, a number or (B,), of images x, in [0, 1],
-    has another code: boolean (B,). `model`: a `VAE` with code = fsq and n_z = 0, in eval mode."""
-    exact, eps = deepcopy(model).double(), torch.as_tensor(eps).double().view(-1, 1, 1, 1)
+    has another code: boolean (B,). `model`: a `VAE` with code = fsq and n_z = 0."""
+    exact, eps = deepcopy(model).double().eval(), torch.as_tensor(eps).double().view(-1, 1, 1, 1)
     with torch.no_grad():
         low, high = heights(exact, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
     spare = 1e-5*(1 + torch.maximum(low.abs(), high.abs()))  # the model itself rounds in float32

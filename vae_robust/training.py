@@ -28,7 +28,7 @@ from .concrete import Rounded, code_entropy, on_levels
 from .data import as_images, determined, digest, is_set, load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, SettingsError, TableError, commit, keep_memory
-from .settings import preset, read_table, save_csv, within_limits, write
+from .settings import preset, read_table, root, save_csv, within_limits, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
 from .vae import VAE, elbo, evaluating, kl
 
@@ -705,5 +705,5 @@ def publish_curves(runs, names=('mnist.disentangled', 'mnist.entangled', 'mnist.
     provenance: whose weights are the shipped bytes; the table."""
     found = {n: learning_curve(n, seed, runs) for n in names}
     table = pd.concat([t for t, _ in found.values()])
-    return save_csv(table, 'curves', folder,
+    return save_csv(table, 'curves', folder or root()/'figures',
                     shipped_bytes={n: same for n, (_, same) in found.items()})

@@ -53,7 +53,7 @@ def publish_arms(studies, runs, folder=None):
     there = [(labels, w) for s in studies for labels, w in models_of(s, runs) if w.hash]
     table = pd.DataFrame([labels | {'processor': PROCESSORS[w.seed], 'hash': w.hash}
                           | arm_row(restore(w, runs), x) for labels, w in there])
-    save_table(table, 'arms', folder, floatfmt='.2f')
+    save_table(table, 'arms', folder or root()/'figures', floatfmt='.2f')
     return table
 
 # %% ../../nbs/27_confirm.ipynb #3c79f76f
@@ -294,7 +294,8 @@ def publish_pilots(studies, runs, folder=None, **pool):
     answers = [a for s in studies for a in ask(lost_cells(s, runs), pairs_of, runs, **pool)]
     weights = {k: h for s in studies for k, h in hashes_of(s, runs).items()}
     table = doubling(wide_table(answers))
-    save_table(table, 'pilots', folder, floatfmt='.1f', draw=studies[0].draw, weights=weights)
+    save_table(table, 'pilots', folder or root()/'figures', floatfmt='.1f',
+               draw=studies[0].draw, weights=weights)
     return table
 
 # %% ../../nbs/27_confirm.ipynb #056e39c4
@@ -343,4 +344,5 @@ def publish_below(name, study, runs, folder=None, n=36, steps=60, **pool):
     """Write what `below_of` finds on the models of a `Study` below the radii in `name`_rungs.csv
     to `name`_below.csv in `folder` (figures/); the table. Resumes in the folder `runs`."""
     asked = [*below_cells(study, runs, measures(name, folder)[1], n, steps)]
-    return save_csv(table_of(ask(asked, below_of, runs, **pool)), f'{name}_below', folder, down=3)
+    table = table_of(ask(asked, below_of, runs, **pool))
+    return save_csv(table, f'{name}_below', folder or root()/'figures', down=3)
