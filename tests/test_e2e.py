@@ -130,8 +130,12 @@ class Widget:
         readout = self.slider(text).locator('.widget-readout')
         readout.fill(str(value))
         readout.press('Enter')
+        self.settle()
+    def settle(self):
+        "Wait until nothing is left to draw."
         self.page.wait_for_timeout(300)  # a slider's message may wait, a button's does not
         self.page.wait_for_function(IDLE)
+        self.page.wait_for_timeout(300)  # and the last picture has to arrive
 
 
 def keep(page, name, **latencies):
@@ -187,9 +191,9 @@ def test_latent_explorer(opened):
         explorer.changes(lambda: handle.press(key))
         waits.append(page.evaluate('window.times[0]'))
     keep(page, 'explorer', key_to_picture_ms=statistics.median(waits), each=waits)
-    page.wait_for_function(IDLE)  # all keys are drawn
+    explorer.settle()  # all keys are drawn
     explorer.changes(lambda: explorer.button('reset').click())
-    page.wait_for_function(IDLE)
+    explorer.settle()
     rest, where = explorer.bytes(), handle.bounding_box()
     def drag():
         page.mouse.move(where['x'] + where['width']/2, where['y'] + where['height']/2)
