@@ -116,7 +116,7 @@ def test_a_study_with_a_draw_asks_for_the_measures_of_the_protocol(monkeypatch, 
     text = invoked('study', 'study.rehearsal', '--runs', tmp_path, '--figures', tmp_path)
     assert seen == [('rehearsal', 1, tmp_path)] and '6 cells, 0 done' in text
     asked = every_study()
-    assert 'study.shipped' in asked and not {'study.arm_a', 'study.pilots'} & {*asked}
+    assert 'study.shipped' in asked and not {'study.confirm', 'study.pilots'} & {*asked}
 
 
 def test_version():

@@ -119,7 +119,7 @@ def test_the_smallest_radius_of_a_judge_that_compares_two_halves():
 def test_both_measures_name_whole_presets_the_draw_and_all_attacks_that_count(tmp_path):
     study = preset('study.rehearsal')
     cells = [c for _, c in lost_cells(study, tmp_path)]
-    assert {c.options['draw'] for c in cells} == {1} and preset('study.arm_a').draw == 20261201
+    assert {c.options['draw'] for c in cells} == {1} and preset('study.confirm').draw == 20261201
     assert {c.measure for c in cells} == {'lost'}
     radii = [c for _, c in radius_cells(study.model_copy(update={'draw': 5}), tmp_path)]
     assert len(radii) == 2 and all(c.options['draw'] == 5 for c in radii)
@@ -134,12 +134,12 @@ def test_the_arms_are_those_of_the_protocol():
     assert {p.batch for p in arms.values()} == {64}
     assert [(arms[a].C_z, arms[a].C_steps, arms[a].gamma) for a in 'acde'] == [
         (5, 25_000, 30), (7.3, 25_000, 30), (19, 50_000, 30), (21.3, 50_000, 30)]
-    studies = {a: preset(f'study.arm_{a}') for a in 'abcde'}
-    for s in studies.values():
-        assert s.seeds == tuple(range(100, 106))  # a deviation, chapter 27
-        assert {f'attack.{a}' for a in (*ALL[2:], *DOUBLED)} <= set(s.attacks)
-        assert not {f'attack.{a}' for a in TARGETED} & set(s.attacks)
-        assert list(s.judges) == ['judge.residual', *(f'judge.{j}' for j in JUDGES)]
+    s = preset('study.confirm')
+    assert s.models == tuple(f'mnist.arm_{a}' for a in 'abcde')
+    assert s.seeds == tuple(range(100, 106))  # a deviation, chapter 27
+    assert {f'attack.{a}' for a in (*ALL[2:], *DOUBLED)} <= set(s.attacks)
+    assert not {f'attack.{a}' for a in TARGETED} & set(s.attacks)
+    assert list(s.judges) == ['judge.residual', *(f'judge.{j}' for j in JUDGES)]
 
 
 def test_six_tests_are_corrected_together():

@@ -38,7 +38,7 @@ DOUBLED = 'latent_code_starts', 'output_code_starts'           # T1 and T2 with 
 JUDGES = 'strided', 'wide', 'lenet'                            # they score, and no attack sees them
 
 # %% ../../nbs/27_confirm.ipynb #c3dedd50
-PROCESSORS = dict.fromkeys((100, 101, 102, 103), 'AMD EPYC')  # all arms of a seed are trained on one
+PROCESSORS = dict.fromkeys(range(100, 106), 'AMD EPYC')  # all arms of a seed are trained on one
 
 def arm_row(model, x):
     "Nats of the means and of the category of a `VAE` on images x, and whether it is `dead`."
@@ -46,15 +46,16 @@ def arm_row(model, x):
     return {'kl_z': kl_z.sum().item(), 'kl_c': kl_c, 'dead': dead(model, x)}
 
 # %% ../../nbs/27_confirm.ipynb #ecf9baa7
-def publish_arms(studies, runs, folder=None):
-    """Write the trained models of the arms, one `Study` each, to arms.csv and .md in `folder`
-    (figures/): processor, hash, and `arm_row` on the first 2,000 training images; the table."""
+def publish_arms(study, runs, folder=None):
+    """Write the trained models of a `Study` of arms to arms.csv and .md in `folder` (figures/):
+    processor, hash, and `arm_row` on the first 2,000 training images; the table."""
     x = pixels(load('mnist', 'train').x[:2000])
-    there = [(labels, w) for s in studies for labels, w in models_of(s, runs) if w.hash]
+    there = [(labels, w) for labels, w in models_of(study, runs) if w.hash]
     table = pd.DataFrame([labels | {'processor': PROCESSORS[w.seed], 'hash': w.hash}
                           | arm_row(restore(w, runs), x) for labels, w in there])
     save_table(table, 'arms', folder or root()/'figures', floatfmt='.2f')
     return table
+
 
 # %% ../../nbs/27_confirm.ipynb #3c79f76f
 def is_lost(seen, source):
