@@ -167,6 +167,18 @@ def test_parts_must_exist_and_have_images(tmp_path):
         images(tmp_path/'empty')
 
 
+@pytest.mark.parametrize('parts', [('train',), ('train', 'test')])
+def test_train_and_test_are_parts_and_a_class_has_one_number_in_both(tmp_path, parts):
+    names = {'train': 'abc', 'test': 'ac'}
+    for part in parts:
+        here = names[part]
+        top = folder(tmp_path, A[:6], lambda i: f'{part}/{here[i % len(here)]}/{i}.png')
+    assert images(top).y.tolist() == len(parts[1:])*[0, 0, 0, 2, 2, 2] + [0, 0, 1, 1, 2, 2]
+    if len(parts) == 2:
+        assert images(top, 'train').y.tolist() == [0, 0, 1, 1, 2, 2]
+        assert images(top, 'test').y.tolist() == [0, 0, 0, 2, 2, 2]
+
+
 def test_torchvision(tmp_path):
     top = folder(tmp_path, A, lambda i: f'{"abc"[Y[i]]}/{i:03}.png')
     by_class = [i for k in range(3) for i in range(20) if Y[i] == k]

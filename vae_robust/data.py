@@ -986,11 +986,15 @@ def form_of(files, size, channels):
 # %% ../nbs/01_data.ipynb #f1d8ecd5
 def classes_in(files, top):
     """The classes of pictures below `top`: int64 (N,), the number of the folder, in alphabetical
-    order, in which each lies; (N, 0) if they are not in two or more folders."""
-    names = [f.relative_to(top).parts[0] if f.parent != top else '' for f in files]
-    number = {name: k for k, name in enumerate(sorted({*names}))}
-    if '' in number or len(number) < 2: return torch.empty(len(files), 0, dtype=torch.int64)
-    return torch.tensor([number[name] for name in names])
+    order, in which each lies; (N, 0) if they are not in two or more folders. Folders train and
+    test, and no others beside them, are parts and not classes."""
+    folders = [f.relative_to(top).parts[:-1] for f in files]
+    if all(parts and parts[0] in FILES for parts in folders):
+        folders = [parts[1:] for parts in folders]
+    number = {name: k for k, name in enumerate(sorted({parts[:1] for parts in folders}))}
+    if () in number or len(number) < 2: return torch.empty(len(files), 0, dtype=torch.int64)
+    return torch.tensor([number[parts[:1]] for parts in folders])
+
 
 # %% ../nbs/01_data.ipynb #93340990
 def from_folder(source, part, size, channels):
@@ -999,8 +1003,10 @@ def from_folder(source, part, size, channels):
     if not isinstance(source, (str, Path)): return None
     top = Path(source).expanduser().resolve()
     if not top.is_dir(): return None
-    if part and all((top/p).is_dir() for p in FILES):
-        return from_folder(top/part, None, size, channels)
+    if part in FILES and all((top/p).is_dir() for p in FILES):
+        files = [pictures_in(top/p) for p in FILES]
+        y = classes_in(sum(files, []), top).split([*map(len, files)])  # one number in both parts
+        return from_folder(top/part, None, size, channels)._replace(y=y[[*FILES].index(part)])
     files = pictures_in(top)
     form, rows, n = form_of(files, size, channels), rows_of(len(files), part), len(files)
     key = hashlib.sha256(f'{top} {form.shape}'.encode()).hexdigest()[:12]
