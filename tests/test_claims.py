@@ -16,18 +16,15 @@ KNOWING = (ROOT/'figures'/'knowing.md').read_text()
 SENTENCES = """
 {thesis.disentangled 1} % of its reconstructions became another digit,
  against {thesis.entangled 1} %
-from {output.knows.gap 1} points ({output.knows.gap.low 1} to {output.knows.gap.high 1})
- to {damage.knows.gap +1} ({damage.knows.gap.low 1} to {damage.knows.gap.high 1})
-it goes from {other.targeted.gap 1} ({other.targeted.gap.low 1} to {other.targeted.gap.high 1};
- two attackers with a target) to {other.damage.gap +1} ({other.damage.gap.low 1} to {other.damage.gap.high 1};
-is {other.radius.ratio 2} times as large for disentangled models
- ({other.radius.ratio.low 2} to {other.radius.ratio.high 2}; three seeds)
-changes {flips.disentangled.code 1} % of disentangled digits and its means alone
- {flips.disentangled.means 1} %; of entangled digits {flips.entangled.code 1}
- and {flips.entangled.means 1} %.
-changes {any.disentangled 1} % of disentangled and {any.entangled 1} % of entangled
-by {lambda_1.gap 0} points ({lambda_1.gap.low 0} to {lambda_1.gap.high 0})
-({udr.disentangled 2} and {udr.entangled 2})
+is {q1.rate 1} points ({q1.rate.low 1} to {q1.rate.high 1})
+is {q1.radius 2} times as large ({q1.radius.low 2} to {q1.radius.high 2};
+by {q2.terse.rate 1} points ({q2.terse.rate.low 1} to {q2.terse.rate.high 1})
+and {q2.talkative.rate 1} ({q2.talkative.rate.low 1} to {q2.talkative.rate.high 1})
+succeeds {q1.damage 1} points more often ({q1.damage.low 1} to {q1.damage.high 1})
+weaker, by {story.thesis 1} points ({story.thesis.low 1} to {story.thesis.high 1})
+changes {flips.a.code 1} % of disentangled digits and its means alone {flips.a.means 1} %;
+ of entangled digits {flips.b.code 1} and {flips.b.means 1} %.
+({udr.a 2} and {udr.b 2})
 raise the rates of disentangled models
  by {latent.rise.disentangled 0} to {damage.rise.disentangled 0}
  points and those of entangled ones by {damage.rise.entangled 0} to {latent.rise.entangled 0}
@@ -39,7 +36,7 @@ ROWS = {'latent': 'latent', 'output': 'output', 'maximum damage': 'damage', 'jud
 PLACE = re.compile(r'\{([\w.]+?)(?:\.(low|high))? (\+?)(-?\d)\}')
 
 NOT_RESULTS = [  # what the setting is, and not what was found
-    '(0 to 1)', 'at most 0.1', 'In 2018', '90 or 180 pairs', '95 %', 'Python 3.11',
+    '(0 to 1)', 'at most 0.1', 'In 2018', '95 %', 'Python 3.11',
     '6.5 GB', 'about 10 minutes',
     'CC BY-SA 3.0', '2018']
 
@@ -111,7 +108,8 @@ def test_every_number_of_the_readme_is_claimed():
 def test_every_claim_is_used():
     used = {m[1] for m in PLACE.finditer(' '.join([*SENTENCES, *table_rows()]))}
     extremes = {f'{goal}.rise.{m}' for goal in ROWS.values() for m in ('disentangled', 'entangled')}
-    words = {'thesis.entangled_wd', 'lambda_0.gap'}
+    words = {'thesis.entangled_wd', 'lambda_0.gap', 'lambda_1.gap', 'q2.terse.radius',
+             'q2.talkative.radius', 'story.blind', 'story.knows'}
     assert set(claims().index) == used | extremes | words
 
 
@@ -125,10 +123,13 @@ def test_what_the_readme_says_in_words():
     gaps = {goal: c[f'{goal}.knows.gap'] for goal in ROWS.values()}
     assert (min(gaps, key=gaps.get), max(gaps, key=gaps.get)) == ('output', 'damage')
     assert c['lambda_0.gap'] < 0 < c['lambda_1.gap']
+    assert c['q1.rate'] == c['story.knows'] and c['story.blind'] < 0 < c['story.thesis']
+    assert max(c['q2.terse.radius'], c['q2.talkative.radius']) < 1 < c['q1.radius']
+    assert c['udr.a'] < c['udr.b']
 
 
-@pytest.mark.parametrize('old, new', [('36.6 %', '36.7 %'), ('(-10.3 to 2.5)', '(-10.3 to 2.4)'),
-                                      ('to +13.1', 'to +13.2'), ('0.31 and', '0.32 and')])
+@pytest.mark.parametrize('old, new', [('36.6 %', '36.7 %'), ('(-17.8 to -6.4)', '(-17.8 to -6.3)'),
+                                      ('is 1.73 times', 'is 1.72 times'), ('0.13 and', '0.14 and')])
 def test_a_changed_readme_is_found(old, new):
     assert old in README and missing(README.replace(old, new), claims())
 
@@ -140,8 +141,8 @@ def test_a_number_too_many_is_found():
 @pytest.mark.parametrize('column', ['value', 'low', 'high', 'n'])
 def test_a_changed_claim_is_found(column):
     table = claims().astype({'n': float})
-    table.loc['output.knows.gap', column] += 1
-    assert wrong(table) == ['output.knows.gap']
+    table.loc['q1.radius', column] += 1
+    assert wrong(table) == ['q1.radius']
     assert missing(README, table) or column == 'n'
 
 

@@ -10,8 +10,9 @@ from torch.distributions import Normal
 
 from vae_robust.experiments import confirm
 from vae_robust.experiments.confirm import (ALL, CONTRASTS, DOUBLED, JUDGES, TARGETED,
-                                            Nearest, any_loses, arm_of)
-from vae_robust.experiments.confirm import class_rates, is_lost, lost_cells, one_row_each, radii_of
+                                            Nearest, any_loses, arm_of, by_other_rules)
+from vae_robust.experiments.confirm import class_rates, is_lost, lost_cells, measures
+from vae_robust.experiments.confirm import on_fewer_pairs, one_row_each, pairs_of, plainly_named, radii_of
 from vae_robust.experiments.confirm import radius_cells, rate_contrast, six_tests, wide_table
 from vae_robust.radius import ladder, lowest_rung
 from vae_robust.settings import preset
@@ -58,6 +59,36 @@ def test_rates_by_a_loop_over_models_judges_and_classes():
             differ = (fell[0] - fell[1])[keep]
             gaps.append(100*differ.groupby(a.source[keep]).mean().mean())
     assert np.isclose(rate_contrast(table, 'arm_a', 'arm_b', n=20)[0].estimate, np.mean(gaps))
+
+
+def test_other_rules_by_a_loop_over_models():
+    rng = np.random.default_rng(4)
+    arms = (('arm_a', .2), ('arm_b', .4))
+    table = pd.concat([seen(rng, m, s, rate) for m, rate in arms for s in (0, 1)])
+    found = by_other_rules(table, 'arm_a', 'arm_b', judges=['wide'], n=20).difference
+    most = lambda r, w: sum(r[f'{w}_{j}'] != r.source for j in JUDGES) >= 2
+    wide = lambda r, w: r[f'{w}_wide'] != r.source
+    def gap(keeps, falls):
+        a_0, a_1, b_0, b_1 = (r for _, r in table.groupby(['model', 'seed']))
+        rates = []
+        for a, b in ((a_0, b_0), (a_0, b_1), (a_1, b_0), (a_1, b_1)):
+            k = keeps(a) & keeps(b)
+            rates.append((falls(a)[k] - falls(b)[k]).groupby(a.source[k]).mean().mean())
+        return 100*np.mean(rates)
+    by = lambda see: lambda r: (see(r, TARGETED[0]) | see(r, TARGETED[1])).astype(float)
+    assert np.isclose(found['wide alone'], gap(lambda r: ~wide(r, 'none'), by(wide)))
+    lost = lambda r: np.maximum(by(most)(r), most(r, 'none').astype(float))
+    assert np.isclose(found['not right counts as lost'], gap(lambda r: r.source >= 0, lost))
+    own = [np.mean([100*by(most)(r)[~most(r, 'none')].groupby(r.source).mean().mean()
+                    for _, r in t.groupby('seed')]) for _, t in table.groupby('model')]
+    assert np.isclose(found['own kept pairs'], own[0] - own[1])
+
+
+def test_attacks_on_fewer_pairs_have_a_table_of_their_own():
+    rows = pd.DataFrame({'source': range(4)})
+    answers = [({'attack': a}, rows[:n]) for a, n in (('noise', 4), ('thesis', 2), ('strong', 4))]
+    assert [labels['attack'] for labels, _ in on_fewer_pairs(answers)] == ['thesis']
+    assert on_fewer_pairs(answers[:1]) == []
 
 
 def test_an_arm_is_sorted_by_seed_and_keeps_the_order_of_pairs():
@@ -160,3 +191,19 @@ def test_six_tests_are_corrected_together():
 def test_an_image_that_is_never_lost_has_an_infinite_radius():
     kept, values = radii_of(FRAME.assign(model='m', seed=0, kept=True, rung=-1), 'm')
     assert kept.all() and np.isinf(values).all() and values.shape == (1, 90)
+
+
+@pytest.mark.parametrize('arm, seed, attack', [
+    ('arm_c', 101, 'noise'), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in [
+        ('arm_a', 102, 'latent_code_starts'), ('arm_b', 100, 'judge_untargeted_code'),
+        ('arm_d', 103, 'output_code_starts'), ('arm_e', 101, 'damage_code'),
+        ('arm_a', 103, 'strong')])])
+def test_published_cells_are_found_again(tmp_path, arm, seed, attack):
+    study = preset('study.confirm', models=(f'mnist.{arm}',), seeds=(seed,), pairs=(8,),
+                   attacks=(f'attack.{attack}',))
+    (_, cell), = lost_cells(study, tmp_path)
+    published = measures('confirm')[0].query('model == @arm and seed == @seed')
+    again = plainly_named(wide_table([({'model': arm, 'seed': seed, 'attack': attack},
+                                       pairs_of(cell, tmp_path))]))
+    for column in again.columns:
+        assert (again[column].to_numpy() == published[column].to_numpy()).mean() > .99

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm as normal
 from scipy.stats import t as student
+from threadpoolctl import threadpool_limits
 from .statistics import bootstrap_weights
 
 # %% ../nbs/20_crossed.ipynb #f719cc62
@@ -79,6 +80,7 @@ class Crossed(NamedTuple):
     factor: float
 
 # %% ../nbs/20_crossed.ipynb #313bc0c1
+@threadpool_limits.wrap(limits=1)  # many small products: two threads would wait for each other
 def crossed_bootstrap(differences, images, classes, n=10_000, seed=0, part=1000):
     """`Crossed`: seeds of both arms and source images drawn at once. `differences`: weights (n,
     P) to (n, I, J), of models i and j; `images`, `classes`: of each pair's source, (P,)."""

@@ -22,6 +22,7 @@ from ..crossed import median_differences, rate_differences, two_sided
 from ..data import load, pixels
 from ..radius import ladder, log_radius, lowest_rung
 from ..judges import judged
+from ..metrics import encode, infomec, udr
 from ..robustness import pairs, reconstruct, trial
 from ..statistics import interval, welch
 from ..settings import AttackPreset, preset, read_table, root, save_csv, save_table
@@ -64,7 +65,7 @@ def is_lost(seen, source):
 
 # %% ../../nbs/27_confirm.ipynb #1d46b2c9
 def is_hit(seen, target):
-    "Whether most judges see the target's class: `seen` (N, judges), `target` (N,), to boolean (N,)."
+    "Whether most judges see the target's class: `seen` (N, judges), `target` (N,), to (N,)."
     return 2*(np.asarray(seen) == np.asarray(target)[:, None]).sum(1) > np.shape(seen)[1]
 
 # %% ../../nbs/27_confirm.ipynb #394ea51a
@@ -124,8 +125,9 @@ def arm_of(table, model, attacks, judges=JUDGES, hit=False):
     mine = table[table.model == model].sort_values('seed', kind='stable')
     seen = lambda when: mine[[f'{when}_{j}' for j in judges]]
     falls = partial(is_hit, target=mine.target) if hit else partial(is_lost, source=mine.source)
-    arm = ~is_lost(seen('none'), mine.source), np.logical_or.reduce([falls(seen(a)) for a in attacks])
-    return [outcome.reshape(mine.seed.nunique(), -1) for outcome in arm]
+    lost = np.logical_or.reduce([falls(seen(a)) for a in attacks])
+    return [outcome.reshape(mine.seed.nunique(), -1)
+            for outcome in (~is_lost(seen('none'), mine.source), lost)]
 
 # %% ../../nbs/27_confirm.ipynb #697af1d7
 def any_loses(model, judges, attacks, judge, x, x_t, y):
@@ -174,13 +176,18 @@ def class_rates(arm, classes):
     return [100*np.mean(rates(k, f)) for k, f in zip(*arm)]
 
 # %% ../../nbs/27_confirm.ipynb #285f1077
-def rate_contrast(table, a, b, attacks=TARGETED, judges=JUDGES, hit=False, **draws):
-    "`Crossed`, the rate of arm `a` minus that of `b` in points, and Welch's p-value over seeds."
-    arms = [arm_of(table, m, attacks, judges, hit) for m in (a, b)]
-    one = table.drop_duplicates(['source', 'target', 'image'])
+def contrast_of(arms, one, **draws):
+    """`Crossed`, the rate of the first of two arms (kept, lost) minus that of the second in points,
+    and Welch's p-value over seeds; `one`: a row for each pair."""
     found = crossed_bootstrap(rate_differences(*arms, one.source), one.image, one.source, **draws)
     rates = [class_rates(arm, one.source.to_numpy()) for arm in arms]
     return found._replace(estimate=100*found.estimate, draws=100*found.draws), welch(*rates)[-1]
+
+def rate_contrast(table, a, b, attacks=TARGETED, judges=JUDGES, hit=False, **draws):
+    "`contrast_of` the arms `a` and `b` of a `wide_table` under any of `attacks`."
+    arms = [arm_of(table, m, attacks, judges, hit) for m in (a, b)]
+    return contrast_of(arms, table.drop_duplicates(['source', 'target', 'image']), **draws)
+
 
 # %% ../../nbs/27_confirm.ipynb #9c8f27df
 def radii_of(table, model):
@@ -198,11 +205,24 @@ def radius_contrast(table, a, b, **draws):
     each = [class_medians(v, k, one.source.to_numpy(), np.ones((1, len(one))))[0] for k, v in arms]
     return found, welch(*each)[-1]
 
+# %% ../../nbs/27_confirm.ipynb #fb84435a
+def curves(ax, table, arm, **style):
+    """Draw, for each model of an arm in a table of `rungs_of`, the share of its kept images lost
+    within a radius."""
+    for kept, values in zip(*radii_of(table, arm)):
+        ax.ecdf(np.exp(np.minimum(values[kept], 0)), **style)
+    handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))  # one for each label
+    ax.legend(handles.values(), handles.keys(), fontsize=8)
+    ax.axvline(.1, color='k', ls=':')
+
+
 # %% ../../nbs/27_confirm.ipynb #c3b5472e
-GOALS = {'noise of the size of the ball': ['noise'], 'latent, blind to the code': ['strong'],
-         'latent (T1)': ['latent_code'], 'output (T2)': ['output_code'], 'T1 or T2': TARGETED,
+GOALS = {'no attack': ['none'], 'noise of the size of the ball': ['noise'],
+         'latent, blind to the code': ['strong'], 'latent (T1)': ['latent_code'],
+         'output (T2)': ['output_code'], 'T1 or T2': TARGETED,
          'maximum damage (U1)': ['damage_code'], 'judge (U2)': ['judge_untargeted_code'],
          'any of the four': ALL}
+
 
 # %% ../../nbs/27_confirm.ipynb #3ea0935a
 def goal_row(table, a, b, attacks, judges=JUDGES, hit=False, **draws):
@@ -215,6 +235,28 @@ def goal_row(table, a, b, attacks, judges=JUDGES, hit=False, **draws):
     found, _ = rate_contrast(table, a, b, attacks, judges, hit, **draws)
     low, high = interval(found.draws)
     return own | {'difference': found.estimate, 'low': low, 'high': high, 'n': n}
+
+# %% ../../nbs/27_confirm.ipynb #429fcdb0
+def goal_table(table, a, b, **draws):
+    "`goal_row` for each of `GOALS`, and for the target's class under T1 or T2: goals as the index."
+    rows = {goal: goal_row(table, a, b, attacks, **draws) for goal, attacks in GOALS.items()}
+    rows['T1 or T2, target hit'] = goal_row(table, a, b, TARGETED, hit=True, **draws)
+    return pd.DataFrame(rows).T.astype({'n': int}).rename_axis('goal')
+
+
+# %% ../../nbs/27_confirm.ipynb #e0160877
+def by_other_rules(table, a, b, judges=(*JUDGES, 'residual', 'nearest'), **draws):
+    "The difference of T1 or T2 in points with its interval, by other rules: a row for each."
+    one = table.drop_duplicates(['source', 'target', 'image'])
+    arms = [arm_of(table, m, TARGETED) for m in (a, b)]
+    all_count = [(np.ones_like(kept), lost | ~kept) for kept, lost in arms]
+    found = {f'{j} alone': rate_contrast(table, a, b, judges=[j], **draws)[0] for j in judges}
+    found['not right counts as lost'] = contrast_of(all_count, one, **draws)[0]
+    rows = {rule: (f.estimate, *interval(f.draws)) for rule, f in found.items()}
+    own = [class_rates(arm, one.source.to_numpy()) for arm in arms]
+    rows['own kept pairs'] = welch(*own)[:3]
+    return pd.DataFrame(rows, ['difference', 'low', 'high']).T.rename_axis('rule')
+
 
 # %% ../../nbs/27_confirm.ipynb #dee48daf
 RULES = {'rate': (5., 6.), 'radius': (np.log(1.1), np.log(1.25))}  # what matters, the same's band
@@ -247,22 +289,32 @@ def sides_of(study, runs):
     "What is asked of the models of a `Study` with a `draw`: the cells of both measures."
     return lost_cells(study, runs), radius_cells(study, runs)
 
+def on_fewer_pairs(answers):
+    "Those of `answers` to the first measure whose attack got fewer pairs than others; none: []."
+    most = max(len(rows) for _, rows in answers)
+    return [(labels, rows) for labels, rows in answers if len(rows) < most]
+
 def confirm(study, runs, **pool):
-    "Both tables of a `Study` with a `draw`: of `wide_table`, and of `rungs_of` with its labels."
+    """The tables of a `Study` with a `draw`, by name: `lost`, a `wide_table`; `rungs`, with labels;
+    `few`, as `lost` of attacks `on_fewer_pairs`, if there are."""
     prepare(study, runs, **pool)
-    answers = [ask(asked, compute, runs, **pool)
-               for asked, compute in zip(sides_of(study, runs), (pairs_of, rungs_of))]
-    return plainly_named(wide_table(answers[0])), table_of(answers[1])
+    lost, rungs = (ask(asked, compute, runs, **pool)
+                   for asked, compute in zip(sides_of(study, runs), (pairs_of, rungs_of)))
+    few = on_fewer_pairs(lost)
+    found = {'lost': plainly_named(wide_table(lost)), 'rungs': table_of(rungs)}
+    return found | ({'few': wide_table(few)} if few else {})
+
 
 # %% ../../nbs/27_confirm.ipynb #2912d91d
 def publish_measures(name, study, runs, folder=None, **pool):
-    """Write both tables of `confirm` for the `Study` in [study.`name`] to figures/`name`_lost.csv
-    and `name`_rungs.csv (or to `folder`), with the hashes of its weights; the tables."""
+    """Write the tables of `confirm` for the `Study` in [study.`name`] to `name`_lost.csv and so on
+    in figures/ (or `folder`), with the hashes of its weights; the tables by name."""
     tables = confirm(study, runs, **pool)
     facts = {'study': study.model_dump(), 'weights': hashes_of(study, runs)}
-    for what, table in zip(('lost', 'rungs'), tables):
+    for what, table in tables.items():
         save_csv(table, f'{name}_{what}', folder, **facts)
     return tables
+
 
 # %% ../../nbs/27_confirm.ipynb #cde1cdf2
 def hashes_of(study, runs):
@@ -298,6 +350,39 @@ def publish_pilots(studies, runs, folder=None, **pool):
     save_table(table, 'pilots', folder or root()/'figures', floatfmt='.1f',
                draw=studies[0].draw, weights=weights)
     return table
+
+# %% ../../nbs/27_confirm.ipynb #4dc554e8
+def codes_of(cell, runs, n=2000):
+    "Compactness and explicitness (11.16) of a model's whole code for the class, on `n` images."
+    data = load(cell.model.preset.data, 'test')
+    q = encode(restore(cell.model, runs).posterior, pixels(data.x[:n]))
+    found = infomec(q, data.y[:n, None].numpy(), nominal=(0,))
+    return pd.DataFrame({'compactness': [found.compactness.value],
+                         'explicitness': [found.explicitness.value]})
+
+
+# %% ../../nbs/27_confirm.ipynb #860dfcb6
+def agreements_of(study, runs, n=2000):
+    "UDR (11.14) of each kind of model of a `Study`, over its trained seeds: {(model, seed): U}."
+    found, x = {}, pixels(load(preset(study.models[0]).data, 'test').x[:n])
+    there = [(tuple(labels.values()), w) for labels, w in models_of(study, runs) if w.hash]
+    for _, same in groupby(there, lambda one: one[0][0]):
+        names, weights = zip(*same)
+        codes = [encode(lambda b, m=restore(w, runs): m.posterior(b).z, x) for w in weights]
+        alone = [float('nan')]
+        found |= dict(zip(names, udr(codes, halves=0).value if len(codes) > 1 else alone))
+    return found
+
+
+# %% ../../nbs/27_confirm.ipynb #f555406b
+def publish_codes(name, study, runs, folder=None, **pool):
+    """Write what `codes_of` and `agreements_of` say of the models of a `Study` to `name`_codes.csv
+    in `folder` (figures/); the table. Resumes in the folder `runs`."""
+    asked, agree = looks_of(study, runs, 'codes', judged=False), agreements_of(study, runs)
+    table = table_of(ask(asked, codes_of, runs, **pool))
+    table['udr'] = [agree[key] for key in zip(table.model, table.seed)]
+    return save_csv(table.round(4), f'{name}_codes', folder or root()/'figures', images=2000)
+
 
 # %% ../../nbs/27_confirm.ipynb #056e39c4
 class Panel(nn.Module):

@@ -72,10 +72,15 @@ def swaps_of(cell, runs):
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/28_interchange.ipynb #942c1ff9
+def coded():
+    "The `Study` of the protocol, of the arms that have a categorical."
+    return preset('study.confirm', models=('mnist.arm_a', 'mnist.arm_b', 'mnist.arm_d'))
+
 def swap_cells(study, runs):
     "The cells of the interchange, [(labels, `Cell`)]: one for each model of a `Study`."
     asked = radius_cells(study, runs)  # the same attacks, pairs and judges
     return [(labels, cell._replace(measure='interchange')) for labels, cell in asked]
+
 
 # %% ../../nbs/28_interchange.ipynb #ccbee3df
 def publish_swaps(study, runs, folder=None, **pool):

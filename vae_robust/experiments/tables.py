@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..robustness import tally, together, worst
 from ..settings import preset, read_rows, read_table, root
-from ..statistics import bootstrap, interval, welch
+from ..statistics import bootstrap, interval, t_interval, welch
 from ..studies import answered, cells_of, keys_of, last, publish
 
 # %% ../../nbs/A8_tables.ipynb #71802a90
@@ -118,3 +118,16 @@ def gaps(table, a='disentangled', b='entangled'):
     attacks = each.groupby('attack', sort=False)
     found = {name: compare_rates(t, a, b) for name, t in attacks if several(t)}
     return pd.DataFrame(found).T.rename_axis('attack').reset_index()
+
+# %% ../../nbs/A8_tables.ipynb #db60fa23
+def bands(table, axis, ax, k='missed', colours={}):
+    """Draw the rate of each model in a part of a `published` table against the values of a study's
+    `axis`, over seeds: mean, 95 % interval, and each seed."""
+    for m, t in table.groupby('model', sort=False):
+        r = pd.concat([rates_by_seed(g, k).assign(at=v) for v, g in t.groupby(axis)])
+        ranges = {v: np.clip(t_interval(g.rate), 0, 100) for v, g in r.groupby('at')}
+        line = pd.DataFrame(ranges, ['mean', 'low', 'high']).T
+        ax.plot(line['mean'], '-', color=colours.get(m), label=m)
+        ax.fill_between(line.index, line.low, line.high, color=colours.get(m), alpha=.12, lw=0)
+        ax.plot(r['at'], r.rate, '.', ms=4, color=colours.get(m))
+    ax.set(ylim=(0, 100), xlabel=axis, ylabel='AS ignore-target, %')
