@@ -22,11 +22,12 @@ def test_help_is_worth_reading_and_quick():
     began = time.time()
     done = vae_robust('--help')
     assert done.returncode == 0 and time.time() - began < 10
-    for command in ('list', 'data', 'train', 'attack', 'reproduce', 'study'):
+    for command in ('list', 'data', 'train', 'attack', 'reproduce', 'study', 'board'):
         assert re.search(rf'^  {command} +\w', done.stdout, re.M)
 
 
-@pytest.mark.parametrize('command', ['list', 'data', 'train', 'attack', 'reproduce', 'study'])
+@pytest.mark.parametrize('command', ['list', 'data', 'train', 'attack', 'reproduce', 'study',
+                                     'board'])
 def test_every_option_says_what_it_is(command):
     text = CliRunner().invoke(app, [command, '--help']).stdout
     for line in re.findall(r'^  (--\w+.*|\w+ +.*)$', text, re.M):
@@ -94,14 +95,16 @@ def invoked(*args):
     ('models', 'mnist.entangled +Entangled: the plain', 'attack.'),
     ('attacks', 'attack.thesis', 'mnist.'),
     ('studies', 'study.primary', 'attack.'), ('judges', 'judge.residual', 'study.'),
-    ('lengths', 'train.quick', 'mnist.'), ('data', 'mnist\n', 'attack.')])
+    ('lengths', 'train.quick', 'mnist.'), ('data', 'mnist\n', 'attack.'),
+    ('defences', 'defence.smooth', 'board.')])
 def test_list(kind, first, others):
     text = invoked('list', kind)
     assert re.search(f'^{first}', text, re.M) and f'\n{others}' not in f'\n{text}'
 
 
 def test_every_section_is_in_one_list_and_completed():
-    listed = [line.split()[0] for kind in ('models', 'attacks', 'studies', 'judges', 'lengths')
+    kinds = 'models', 'attacks', 'studies', 'judges', 'lengths', 'defences'
+    listed = [line.split()[0] for kind in kinds
               for line in invoked('list', kind).splitlines()]
     assert sorted(listed) == sorted(read_settings())
     typed = dict(COMP_WORDS='vae-robust attack mnist.dis', COMP_CWORD='2')

@@ -115,6 +115,33 @@ class AttackPreset(BaseModel, extra='forbid', frozen=True):
     pairs: AtLeastOne
     check_radius = model_validator(mode='after')(in_grey_values)
 
+# %% ../nbs/A1_settings.ipynb #062c7532
+Correlation = Annotated[float, Field(gt=0, lt=1)]
+
+class DefencePreset(BaseModel, extra='forbid', frozen=True):
+    """What defends the model `[data.model]`, trained for a length `train`; a section
+    `[defence.name]`. The encoder is trained on, `tuning` steps of an `objective` with its
+    constants; with `eta` each code walks by (30.2), and attackers average over `draws`."""
+    data: str = 'mnist'
+    model: str
+    train: str = 'train.full'
+    objective: Literal['none', 'smooth', 'steady', 'boxed'] = 'none'
+    tuning: Count = 0
+    lr: Positive = 5e-4
+    batch: AtLeastOne = 64
+    eps: Positive = .1
+    inner: Count = 1
+    rho: Correlation = .95
+    weight: NonNegative = 3
+    eps_steps: AtLeastOne = 1
+    walk: Count = 0
+    eta: NonNegative = 0
+    heat: NonNegative = 1
+    draws: AtLeastOne = 1
+
+    @property
+    def channels(self): return preset(f'{self.data}.{self.model}').channels
+
 # %% ../nbs/A1_settings.ipynb #8fe302bb
 def words(text):
     """A comma-separated list as a tuple of words, ValueError if one is missing; anything that is not
@@ -147,10 +174,10 @@ def plainly(value):
 
 # %% ../nbs/A1_settings.ipynb #fa5d1802
 def known_axes(study):
-    """A `Study` as it is; ValueError if one of its axes is no key of a model or of an attack,
-    or has a value twice, in whatever form, since a table could not tell them apart."""
-    kinds = {'model': ModelPreset, 'attack': AttackPreset}
-    known = [f'{kind}.{k}' for kind, p in kinds.items() for k in p.model_fields]
+    """A `Study` as it is; ValueError if one of its axes is no key of a model, a defence or an
+    attack, or has a value twice, in whatever form, since a table could not tell them apart."""
+    kinds = ('model', ModelPreset), ('model', DefencePreset), ('attack', AttackPreset)
+    known = [f'{kind}.{k}' for kind, p in kinds for k in p.model_fields]
     for k, values in study.axes.items():
         meant = next((w for w in known if w.split('.')[1] == k), k)
         if k not in known: raise ValueError(f'{k}: no such key; {near(meant, known)}')
@@ -172,12 +199,12 @@ def told_apart(study):
 
 # %% ../nbs/A1_settings.ipynb #60e9c1c3
 class Study(BaseModel, extra='allow', frozen=True):
-    """Models (sections) x seeds x attacks (sections) x every combination of the values of
-    further keys, `model.KEY` or `attack.KEY`. `train`: 'shipped', or a train section that is
+    """Models or defences (sections) x seeds x attacks (sections) x every combination of the values
+    of further keys, `model.KEY` or `attack.KEY`. `train`: 'shipped', or a train section that is
     laid over the models; `anew`: shipped weights are not taken; `judges` are sections, the first
     is the one that an attack may use; `pairs` of images per ordered class pair, one number, or
     one for each attack. With a `draw`, the seed of the pairs, the protocol's two measures are
-    asked (chapter 27). A section `[study.name]`, `[dose.name]` or `[job.name]`."""
+    asked (chapter 27). A section `[study.name]`, `[dose.name]`, `[job.name]` or `[board.name]`."""
     models: Words
     train: str = 'shipped'
     anew: bool = False
@@ -290,8 +317,8 @@ def within_limits(preset):
     return preset
 
 # %% ../nbs/A1_settings.ipynb #19034c27
-KINDS = {'attack': AttackPreset,
-         'judge': JudgePreset} | dict.fromkeys(('job', 'study', 'dose'), Study)
+KINDS = {'attack': AttackPreset, 'judge': JudgePreset, 'defence': DefencePreset}
+KINDS |= dict.fromkeys(('job', 'study', 'dose', 'board'), Study)
 
 # %% ../nbs/A1_settings.ipynb #85ad1f8c
 USED_BY = {ModelPreset: 'training', AttackPreset: 'attacks'}
@@ -300,8 +327,8 @@ USED_BY = {ModelPreset: 'training', AttackPreset: 'attacks'}
 def preset(name, /, *overlays, file=None, **overrides):
     """The preset in section `name`, with the sections `overlays` and then the keyword
     `overrides` laid over it. A `ModelPreset`, `JudgePreset` (`judge.*`), `AttackPreset`
-    (`attack.*`) or `Study` (`job.*`, `study.*`, `dose.*`); raises `SettingsError`,
-    also for what no network, objective or optimiser can do."""
+    (`attack.*`), `DefencePreset` (`defence.*`) or `Study` (`job.*`, `study.*`, `dose.*`,
+    `board.*`); raises `SettingsError`, also for what no network, objective or optimiser can do."""
     file, sections = Path(file or settings_file()), read_settings(file)
     found = {k: v for s in (name, *overlays) for k, v in section(s, sections, file.name).items()}
     found |= {k: (v, 'command line') for k, v in overrides.items()}

@@ -97,7 +97,8 @@ def judges_of(study, runs, makers=Makers()):
     """The judges of a `Study`, {name: `Weights`}; SettingsError if one judges other images than
     the models'."""
     found = {name: preset(name) for name in study.judges}
-    for (name, p), m in product(found.items(), map(preset, study.models)):
+    asked = [preset(m, **change) for m in study.models for change in combinations(study, 'model')]
+    for (name, p), m in product(found.items(), asked):
         if m.data != p.data:
             raise SettingsError(f'{name} judges {p.data}, the models are of {m.data}: name another '
                                 'judge.')
