@@ -18,13 +18,14 @@ SENTENCES = """
  against {thesis.entangled 1} %
 is {q1.rate 1} points ({q1.rate.low 1} to {q1.rate.high 1})
 is {q1.radius 2} times as large ({q1.radius.low 2} to {q1.radius.high 2};
+with {q1.any.a 1} % of disentangled and {q1.any.b 1} % of entangled digits
 by {q2.terse.rate 1} points ({q2.terse.rate.low 1} to {q2.terse.rate.high 1})
 and {q2.talkative.rate 1} ({q2.talkative.rate.low 1} to {q2.talkative.rate.high 1})
 succeeds {q1.damage 1} points more often ({q1.damage.low 1} to {q1.damage.high 1})
-weaker, by {story.thesis 1} points ({story.thesis.low 1} to {story.thesis.high 1})
+sign, {story.thesis 1} points ({story.thesis.low 1} to {story.thesis.high 1})
 changes {flips.a.code 1} % of disentangled digits and its means alone {flips.a.means 1} %;
  of entangled digits {flips.b.code 1} and {flips.b.means 1} %.
-({udr.a 2} and {udr.b 2})
+UDR {udr.a 2} against {udr.b 2}
 raise the rates of disentangled models
  by {latent.rise.disentangled 0} to {damage.rise.disentangled 0}
  points and those of entangled ones by {damage.rise.entangled 0} to {latent.rise.entangled 0}
@@ -123,13 +124,13 @@ def test_what_the_readme_says_in_words():
     gaps = {goal: c[f'{goal}.knows.gap'] for goal in ROWS.values()}
     assert (min(gaps, key=gaps.get), max(gaps, key=gaps.get)) == ('output', 'damage')
     assert c['lambda_0.gap'] < 0 < c['lambda_1.gap']
-    assert c['q1.rate'] == c['story.knows'] and c['story.blind'] < 0 < c['story.thesis']
+    assert c['story.blind'] < c['story.knows'] < 0 < c['story.thesis'] and c['q1.rate'] < 0
     assert max(c['q2.terse.radius'], c['q2.talkative.radius']) < 1 < c['q1.radius']
     assert c['udr.a'] < c['udr.b']
 
 
 @pytest.mark.parametrize('old, new', [('36.6 %', '36.7 %'), ('(-17.8 to -6.4)', '(-17.8 to -6.3)'),
-                                      ('is 1.73 times', 'is 1.72 times'), ('0.13 and', '0.14 and')])
+                                      ('is 1.73 times', 'is 1.72 times'), ('0.13 against', '0.14 against')])
 def test_a_changed_readme_is_found(old, new):
     assert old in README and missing(README.replace(old, new), claims())
 
