@@ -39,7 +39,7 @@ DOUBLED = 'latent_code_starts', 'output_code_starts'           # T1 and T2 with 
 JUDGES = 'strided', 'wide', 'lenet'                            # they score, and no attack sees them
 
 # %% ../../nbs/27_confirm.ipynb #c3dedd50
-PROCESSORS = dict.fromkeys(range(100, 106), 'AMD EPYC')  # all arms of a seed are trained on one
+PROCESSORS = dict.fromkeys(range(100, 105), 'AMD EPYC')  # all arms of a seed are trained on one
 
 def arm_row(model, x):
     "Nats of the means and of the category of a `VAE` on images x, and whether it is `dead`."
@@ -353,7 +353,7 @@ def publish_pilots(studies, runs, folder=None, **pool):
 
 # %% ../../nbs/27_confirm.ipynb #4dc554e8
 def codes_of(cell, runs, n=2000):
-    "Compactness and explicitness (11.16) of a model's whole code for the class, on `n` images."
+    "Compactness (11.15) and explicitness (11.16) of a model's whole code for the class."
     data = load(cell.model.preset.data, 'test')
     q = encode(restore(cell.model, runs).posterior, pixels(data.x[:n]))
     found = infomec(q, data.y[:n, None].numpy(), nominal=(0,))
@@ -361,16 +361,22 @@ def codes_of(cell, runs, n=2000):
                          'explicitness': [found.explicitness.value]})
 
 
+# %% ../../nbs/27_confirm.ipynb #cce32ae0
+def agreement_of(weights, runs, n=2000):
+    """UDR (11.14) of trained models, `Weights` that should differ in seed alone, on the first
+    `n` test images: an array."""
+    if len(weights) < 2: return np.full(len(weights), np.nan)
+    x = pixels(load(weights[0].preset.data, 'test').x[:n])
+    codes = [encode(lambda b: m.posterior(b).z, x) for m in (restore(w, runs) for w in weights)]
+    return udr(codes, halves=0).value
+
 # %% ../../nbs/27_confirm.ipynb #860dfcb6
-def agreements_of(study, runs, n=2000):
-    "UDR (11.14) of each kind of model of a `Study`, over its trained seeds: {(model, seed): U}."
-    found, x = {}, pixels(load(preset(study.models[0]).data, 'test').x[:n])
-    there = [(tuple(labels.values()), w) for labels, w in models_of(study, runs) if w.hash]
+def agreements_of(study, runs):
+    "`agreement_of` each kind of model of a `Study`, over its trained seeds: {(model, seed): UDR}."
+    found, there = {}, [(tuple(ls.values()), w) for ls, w in models_of(study, runs) if w.hash]
     for _, same in groupby(there, lambda one: one[0][0]):
         names, weights = zip(*same)
-        codes = [encode(lambda b, m=restore(w, runs): m.posterior(b).z, x) for w in weights]
-        alone = [float('nan')]
-        found |= dict(zip(names, udr(codes, halves=0).value if len(codes) > 1 else alone))
+        found |= dict(zip(names, agreement_of(weights, runs)))
     return found
 
 

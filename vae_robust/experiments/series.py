@@ -14,9 +14,10 @@ import numpy as np, pandas as pd, torch
 from scipy.stats import rankdata
 from torch.func import jacfwd, vmap
 from ..data import load, pixels
+from .confirm import agreement_of
 from .digits import portrait_of
 from .tables import per_source
-from ..metrics import encode, gaussian_tc, udr
+from ..metrics import gaussian_tc
 from ..objectives import features, norm
 from ..robustness import auddcs, jacobians, margins, stays_within
 from ..settings import preset, read_settings, root, save_csv
@@ -123,15 +124,6 @@ def whole_rows(study, sides, runs):
     whole = [m for m, p in parts.items() if len(p) == 2 + len(study.attacks)]
     join = lambda rows: {k: v for row in rows for k, v in row.items()}
     return [(json.loads(m), weights[m], join(parts[m])) for m in whole]
-
-# %% ../../nbs/A9_series.ipynb #41c07ee0
-def agreement_of(weights, runs, n=2000):
-    """UDR (11.14) of trained models, `Weights` that should differ in seed alone, on the first
-    `n` test images: an array."""
-    if len(weights) < 2: return np.full(len(weights), np.nan)
-    x = pixels(load(weights[0].preset.data, 'test').x[:n])
-    codes = [encode(lambda b: m.posterior(b).z, x) for m in (restore(w, runs) for w in weights)]
-    return udr(codes, halves=0).value
 
 # %% ../../nbs/A9_series.ipynb #57bcfe29
 def series_tables(name, study, sides, runs):
