@@ -196,7 +196,7 @@ def test_an_image_that_is_never_lost_has_an_infinite_radius():
 @pytest.mark.parametrize('arm, seed, attack', [
     ('arm_c', 101, 'noise'), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in [
         ('arm_a', 102, 'latent_code_starts'), ('arm_b', 100, 'judge_untargeted_code'),
-        ('arm_d', 103, 'output_code_starts'), ('arm_e', 101, 'damage_code'),
+        ('arm_d', 102, 'output_code_starts'), ('arm_e', 101, 'damage_code'),
         ('arm_a', 103, 'strong')])])
 def test_published_cells_are_found_again(tmp_path, arm, seed, attack):
     study = preset('study.confirm', models=(f'mnist.{arm}',), seeds=(seed,), pairs=(8,),

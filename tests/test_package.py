@@ -13,7 +13,7 @@ from vae_robust import NAMES
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT/'vae_robust'
 EXAMPLES = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
-NOT_IN_THE_WHEEL = 'weights/dsprites/', 'weights/mnist/entangled_slow/', 'weights/mnist/arm_'
+NOT_IN_THE_WHEEL = 'weights/dsprites/', 'weights/mnist/arm_'
 LARGEST = 25e6  # bytes of the wheel
 
 

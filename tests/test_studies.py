@@ -1,4 +1,5 @@
 import os, signal
+from functools import partial
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -82,14 +83,15 @@ def test_a_judge_of_other_images_is_refused():
 
 # ------------------------------------------------------------------ weights
 def test_shipped_weights_are_taken_for_their_very_preset_only(tmp_path):
-    slow = models_of(preset('dose.slow'), tmp_path)[1][1]
-    assert not slow.home and len(slow.hash) == 12
-    assert all(map(torch.equal, restore(slow, tmp_path).parameters(),
-                   pretrained('mnist/entangled_slow', 1).parameters()))
-    assert not all(map(torch.equal, restore(slow, tmp_path).parameters(),
-                       pretrained('mnist/entangled_slow', 0).parameters()))
+    study = partial(preset, 'study.damage', models='mnist.arm_b')
+    arm = models_of(study(), tmp_path)[1][1]
+    assert not arm.home and len(arm.hash) == 12
+    assert all(map(torch.equal, restore(arm, tmp_path).parameters(),
+                   pretrained('mnist/arm_b', 101).parameters()))
+    assert not all(map(torch.equal, restore(arm, tmp_path).parameters(),
+                       pretrained('mnist/arm_b', 100).parameters()))
     for change in ({'model.beta': '2'}, {'train': 'train.quick'}, {'seeds': '5'}, {'anew': True}):
-        w = models_of(preset('dose.slow', **{'seeds': '1'} | change), tmp_path)[0][1]
+        w = models_of(study(**{'seeds': '101'} | change), tmp_path)[0][1]
         assert w.home.endswith(f'/seed{w.seed}') and not w.hash, change
     assert not [*tmp_path.iterdir()]
 
