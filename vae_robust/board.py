@@ -47,7 +47,7 @@ def before(study):
                  judges=study.judges, pairs=study.pairs)
 
 # %% ../nbs/31_board.ipynb #dee3c744
-TUNED = {'smooth': smooth, 'steady': steady, 'boxed': boxed}
+TUNED = {'elbo': elbo, 'smooth': smooth, 'steady': steady, 'boxed': boxed}
 
 def tuning_of(p, original):
     """The objective of a `DefencePreset`, (model, x, step) -> terms; `original`: the model from

@@ -125,7 +125,7 @@ class DefencePreset(BaseModel, extra='forbid', frozen=True):
     data: str = 'mnist'
     model: str
     train: str = 'train.full'
-    objective: Literal['none', 'smooth', 'steady', 'boxed'] = 'none'
+    objective: Literal['none', 'elbo', 'smooth', 'steady', 'boxed'] = 'none'
     tuning: Count = 0
     lr: Positive = 5e-4
     batch: AtLeastOne = 64
