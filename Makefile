@@ -10,6 +10,9 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 JOB ?= job.main
+# One thread for each process: two wait for each other where others hold a core (make bench).
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
 PEERS = pythae==0.1.2 imageio==2.38.1 cloudpickle==3.1.2 \
 	foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3 \
 	torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 cleverhans==4.0.0
@@ -46,6 +49,7 @@ bench: .bench/.ready
 	PYTHONPATH=.bench $(BIN)/python tests/bench.py
 	PYTHONPATH=.bench $(BIN)/python tests/bench_attacks.py $(BENCH)
 	$(BIN)/python tests/bench_metrics.py
+	$(BIN)/python tests/bench_threads.py
 
 break: $(READY)
 	$(BIN)/python tests/break_formulas.py $(BREAK)

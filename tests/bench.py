@@ -137,10 +137,10 @@ def waiting_share():
     return (time.perf_counter() - began)/1000
 
 
-def machine():
+def machine(cores='one pinned core'):
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo')
                 if l.startswith('model name')), platform.processor())
-    return f'{cpu}, one pinned core of {os.cpu_count()}, torch {torch.__version__}'
+    return f'{cpu}, {cores} of {os.cpu_count()}, torch {torch.__version__}'
 
 
 def in_a_process(*args, script=__file__, core=0):

@@ -19,7 +19,7 @@ from vae_robust.diagnosis import diagnose
 from vae_robust.judges import pretrained_judge
 from vae_robust.objectives import OBJECTIVES
 from vae_robust.robustness import pairs
-from vae_robust.settings import preset, read_table
+from vae_robust.settings import SettingsError, preset, read_table
 from vae_robust.studies import ask
 from vae_robust.training import TrainingError, build, fit, pretrained
 from vae_robust.yours import adapt
@@ -34,7 +34,8 @@ PRICED = {'nats': 1., 'error': 2., 'seconds': 3.}
 @pytest.fixture(scope='session')
 def rehearsed(once):
     "The folder of runs in which the board of the rehearsal was computed."
-    return once('board', lambda f: publish_board(SMOKE, f, f/'figures', jobs=1, progress=False))
+    return once('board', lambda f: publish_board('board', SMOKE, f, f/'figures', jobs=1,
+                                                 progress=False))
 
 
 @pytest.fixture(scope='module')
@@ -65,7 +66,7 @@ def test_what_is_computed_is_not_computed_again(rehearsed, monkeypatch, tmp_path
     def never(*_, **__): raise AssertionError('computed again')
     for name in ('measured', 'fit'):
         monkeypatch.setattr(board, name, never)
-    again = publish_board(SMOKE, rehearsed, tmp_path, jobs=1, progress=False)
+    again = publish_board('board', SMOKE, rehearsed, tmp_path, jobs=1, progress=False)
     assert again.equals(read_table(rehearsed/'figures'/'board.csv'))
 
 
@@ -86,7 +87,8 @@ def test_mistakes_get_one_sentence(words, said):
 
 def test_the_command_writes_the_table(rehearsed, tmp_path):
     invoked('board', 'board.smoke', '--runs', rehearsed, '--figures', tmp_path, '--jobs', 1)
-    new, old = (read_table(f/'board.csv') for f in (tmp_path, rehearsed/'figures'))
+    new = read_table(tmp_path/'board_smoke.csv')
+    old = read_table(rehearsed/'figures'/'board.csv')
     assert new.equals(old)
 
 
@@ -154,10 +156,10 @@ def test_saboteurs_are_named_and_honest_models_are_not(judge, test, saboteur, wo
 
 
 def test_random_squares_find_what_a_model_without_a_slope_hides(judge, test):
-    attacks = {a: preset(f'attack.{a}', eps=.2, steps=n, restarts=1)
+    attacks = {a: preset(f'attack.{a}', steps=n, restarts=1)
                for a, n in (('strong', 3), ('output_code', 3), ('judge_square', 100))}
     model = pretrained('mnist/entangled')
-    of = lambda f: summary(measured(NONE, f, [judge, judge], attacks, test, pairs(test.y, 1)[::4]))
+    of = lambda f: summary(measured(NONE, f, [judge, judge], attacks, test, pairs(test.y, 1)[::2]))
     coarse, honest = of(Coarse(model).eval()), of(model)
     assert coarse['gradient_free'] > coarse['knows'] + 20
     assert honest['knows'] > coarse['knows'] + 20
@@ -184,6 +186,27 @@ def test_the_suite_sees_the_bare_model_and_who_knows_sees_what_is_deployed(monke
 def test_of_the_attacks_of_the_main_board_each_sort_is_there():
     sorts = [sort_of(preset(a)) for a in preset('board.main').attacks]
     assert {s: sorts.count(s) for s in sorts} == {'suite': 4, 'knows': 4, 'free': 1}
+
+
+def test_the_suite_has_as_many_passes_as_those_who_know():
+    presets = {a: preset(a) for a in preset('board.main').attacks}
+    passes = {a: p.steps*p.restarts*(1 + p.forced) for a, p in presets.items()}
+    for goal in ('latent', 'output', 'damage', 'judge'):
+        own = [a for a in passes if f'.{goal}' in a and sort_of(presets[a]) != 'free']
+        assert len(own) == 2 and len({passes[a] for a in own}) == 1, goal
+
+
+@pytest.mark.parametrize('change', [{'attack.eps': '0.05, 0.1'}, {'model.heat': '1, 2'},
+                                    {'draw': None}])
+def test_settings_are_not_averaged_as_if_they_were_seeds(tmp_path, change):
+    study = SMOKE.model_copy(update=change) if 'draw' in change else preset('board.smoke', **change)
+    with pytest.raises(SettingsError, match='one draw of pairs and one value'):
+        board_cells(study, tmp_path)
+
+
+def test_verdicts_of_noisy_models_cannot_tie():
+    for name in preset('board.main').models + SMOKE.models:
+        assert preset(name).looks % 2 == 1 and (len(preset('board.main').judges) - 1) % 2 == 1
 
 
 @pytest.mark.parametrize('n', (1, 3))

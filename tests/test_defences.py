@@ -1,5 +1,6 @@
 """Defences, on models whose right answer is known (chapter 30)."""
 import math
+from copy import deepcopy
 
 import pytest, torch
 from torch import nn
@@ -49,6 +50,19 @@ def worded():
 
 
 # ------------------------------------------------------------------ correct the code
+@pytest.mark.parametrize('change', [lambda m: m.train().eval(), deepcopy,
+                                    lambda m: m.to('cpu').requires_grad_(False)])
+def test_a_corrected_model_stays_one(change):
+    model, x = pretrained('mnist/entangled'), torch.rand(2, 1, 32, 32)
+    defended = Corrected(model, 3, seed=0)
+    after = change(Corrected(model, 3, seed=0))
+    torch.testing.assert_close(after(x), defended(x))
+    assert isinstance(after, Corrected) and not torch.equal(after(x), model(x))
+    assert after.shape == model.shape and not after.training
+    with pytest.raises(AttributeError, match='wings'):
+        after.wings
+
+
 def test_without_noise_the_correction_ends_at_the_mode_of_the_posterior(linear):
     x = torch.rand(3, 1, 4, 4, dtype=torch.double)
     precision = torch.eye(2) + linear.W.T @ linear.W/4

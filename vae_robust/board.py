@@ -25,7 +25,8 @@ from .experiments.confirm import class_rates, is_lost
 from .judges import judged
 from .objectives import OBJECTIVES, squared
 from .robustness import pairs, reconstruct
-from .settings import AttackPreset, Study, line_of, preset, root, save_table
+from .settings import AttackPreset, SettingsError, Study, line_of, preset, root
+from .settings import save_table
 from .statistics import t_interval
 from .studies import Makers, ask, cells_of, combinations, looks_of, prepare
 from .studies import restore, weights
@@ -171,7 +172,7 @@ def measured(p, model, judges, attacks, test, index):
     attackers'."""
     (x, x_t), (y, target) = pixels(test.x[index]).unbind(1), test.y[index].unbind(1)
     own, *deciding = judges
-    lost = lambda xs: is_lost(seen_by(deployed(p, model), deciding, xs, p.draws), y)
+    lost = lambda xs: is_lost(seen_by(deployed(p, model), deciding, xs, p.looks), y)
     rows = {'source': y, 'target': target, 'image': index[:, 0], 'kept': ~lost(x)}
     rows['certified'] = certified(model, x, max(a.eps for a in attacks.values()))
     for column, a, make in attempts(p, attacks):
@@ -208,7 +209,12 @@ def board_of(answers):
 
 # %% ../nbs/31_board.ipynb #98977547
 def board_cells(study, runs):
-    "The cells of a board, [(labels, `Cell`)]: one for each defence and seed of a `Study`."
+    """The cells of a board, [(labels, `Cell`)]: one for each defence and seed of a `Study`.
+    SettingsError if it has no draw, or several values for one key."""
+    several = [key for key, values in study.axes.items() if len(values) > 1]
+    if several or study.draw is None:
+        raise SettingsError('A board has one draw of pairs and one value for each key: '
+                            f'{several[0] if several else "draw"} has {"more" if several else "none"}.')
     cells = cells_of(study, runs, makers(runs))
     attacks = {labels['attack']: c.attack.model_dump(exclude_defaults=True) for labels, c in cells}
     return looks_of(study, runs, 'board', makers(runs), attacks=attacks, draw=study.draw)
@@ -225,14 +231,14 @@ def defended_of(cell, runs):
         return measured(p, model, judges, attacks, test, index)
 
 # %% ../nbs/31_board.ipynb #9cacc9ab
-def publish_board(study, runs, folder=None, **pool):
-    """Train and compute what is missing of a board in the folder `runs`, and write it to board.csv
-    and .md in `folder` (figures/); the table."""
+def publish_board(name, study, runs, folder=None, **pool):
+    """Train and compute what is missing of a board in the folder `runs`, and write it to
+    `name`.csv and .md in `folder` (figures/); the table."""
     prepare(before(study), runs, judged=False, **pool)
     prepare(study, runs, makers(runs), **pool)
     cells = board_cells(study, runs)
     table = board_of(ask(cells, defended_of, runs, **pool))
     hashes = {f"{labels['model']} {labels['seed']}": c.model.hash for labels, c in cells}
-    save_table(table, 'board', folder or root()/'figures', FORMATS, weights=hashes,
+    save_table(table, name, folder or root()/'figures', FORMATS, weights=hashes,
                study=study.model_dump())
     return table

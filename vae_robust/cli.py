@@ -394,7 +394,7 @@ def board(name: BoardName = 'board.main', runs: Runs = RUNS, jobs: Jobs = -1,
             *studies.untrained(asked, runs, makers(runs))]
     print(forecast(name, todo, [board_cells(asked, runs)], runs))
     if not dry_run:
-        publish_board(asked, runs, figures or root()/'figures', **pool)
+        publish_board(name.replace('.', '_'), asked, runs, figures or root()/'figures', **pool)
 
 # %% ../nbs/A7_cli.ipynb #94e6cec2
 QUIET = {'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore'}  # bars and warnings are not for the page

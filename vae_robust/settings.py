@@ -120,8 +120,8 @@ Correlation = Annotated[float, Field(gt=0, lt=1)]
 
 class DefencePreset(BaseModel, extra='forbid', frozen=True):
     """What defends the model `[data.model]`, trained for a length `train`; a section
-    `[defence.name]`. The encoder is trained on, `tuning` steps of an `objective` with its
-    constants; with `eta` each code walks by (30.2), and attackers average over `draws`."""
+    `[defence.name]`. It is trained on, `tuning` steps of an `objective` with its constants; with
+    `eta` each code walks by (30.2), attackers average over `draws`, and verdicts are of `looks`."""
     data: str = 'mnist'
     model: str
     train: str = 'train.full'
@@ -138,6 +138,7 @@ class DefencePreset(BaseModel, extra='forbid', frozen=True):
     eta: NonNegative = 0
     heat: NonNegative = 1
     draws: AtLeastOne = 1
+    looks: AtLeastOne = 1
 
     @property
     def channels(self): return preset(f'{self.data}.{self.model}').channels

@@ -39,7 +39,7 @@ DOUBLED = 'latent_code_starts', 'output_code_starts'           # T1 and T2 with 
 JUDGES = 'strided', 'wide', 'lenet'                            # they score, and no attack sees them
 
 # %% ../../nbs/27_confirm.ipynb #c3dedd50
-PROCESSORS = dict.fromkeys(range(100, 105), 'AMD EPYC')  # all arms of a seed are trained on one
+PROCESSORS = dict.fromkeys(range(100, 106), 'AMD EPYC')  # all arms of a seed are trained on one
 
 def arm_row(model, x):
     "Nats of the means and of the category of a `VAE` on images x, and whether it is `dead`."
