@@ -1,4 +1,6 @@
 "What carries a flip: reconstructions whose parts are known, and a category of a linear encoder."
+from types import SimpleNamespace
+
 import pytest, torch
 from torch import nn
 from torch.distributions import Normal, OneHotCategorical
@@ -85,3 +87,15 @@ def test_the_radius_of_a_linear_category_is_exact():
     assert seen > 5
     edges = some.round()
     assert (flip_radius(Linear(), edges, box=False) <= flip_radius(Linear(), edges)).all()
+
+
+def test_of_several_categoricals_the_first_to_change_counts():
+    torch.manual_seed(2)
+    W, x = torch.randn(2, 3, 4), .1 + .8*torch.rand(40, 1, 2, 2)
+    def said(W):
+        answer = lambda x: torch.einsum('...kp,bp->b...k', W, x.flatten(1) - .5)
+        q = lambda x: Posterior(None, OneHotCategorical(logits=answer(x)))
+        return SimpleNamespace(posterior=q)
+    alone = torch.stack([flip_radius(said(w), x) for w in W])
+    torch.testing.assert_close(flip_radius(said(W), x), alone.amin(0))
+    assert alone.argmin(0).unique().tolist() == [0, 1]  # either comes first somewhere

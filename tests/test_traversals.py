@@ -17,8 +17,8 @@ from vae_robust.data import load, pixels
 from vae_robust.settings import preset
 from vae_robust.training import pretrained
 from vae_robust.explorer import LatentExplorer
-from vae_robust.traversals import (across, along, categories, kl_per_latent, png, prior_codes,
-                                   stacked, strip, traversal, traversals)
+from vae_robust.traversals import (across, along, categories, grid, kl_per_latent, png,
+                                   prior_codes, stacked, strip, traversal, traversals)
 from vae_robust.vae import VAE
 
 DATA = load('digits', 'test')
@@ -42,6 +42,22 @@ def test_each_of_several_categoricals_moves_by_itself():
     assert first[:, 1].argmax(1).tolist() == [2]*3 and second[:, 0].argmax(1).tolist() == [1]*3
     several = VAE(2, 10, categoricals=2).eval()
     assert len(traversals(several, torch.rand(1, 1, 32, 32)).get_yticks()) == 2 + 2
+
+
+@pytest.mark.parametrize('K', [0, 3, 12])
+def test_categories_have_their_row_however_many_there_are(K):
+    model, x = VAE(2, K).eval(), torch.rand(1, 1, 32, 32)
+    ax = traversals(model, x, n=5)
+    drawn, columns = ax.images[0].get_array(), max(5, K)
+    assert len(ax.get_yticks()) == 2 + (K > 0) and drawn.shape == (32*(2 + (K > 0)), 32*columns)
+    if K:
+        with torch.no_grad():
+            expected = grid(across(model, model.posterior(x).mode)[None])[..., 0].numpy()
+        assert np.allclose(drawn[64:, :32*K], expected) and (drawn[64:, 32*K:] == 1).all()
+
+
+def test_priors_of_several_categoricals():
+    several = VAE(2, 10, categoricals=2).eval()
     codes = prior_codes(several, 500)[:, 2:].view(500, 2, 10)
     assert codes.sum(-1).eq(1).all() and (codes[:, 0] != codes[:, 1]).any()
     with torch.no_grad():

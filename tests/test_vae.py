@@ -1,4 +1,5 @@
 import itertools, math
+from copy import deepcopy
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from torch.distributions import (Bernoulli, Independent, MultivariateNormal, Nor
                                  OneHotCategorical, RelaxedOneHotCategorical, kl_divergence)
 from torch.testing import assert_close
 
+from vae_robust.concrete import on_levels
 from vae_robust.vae import (LIKELIHOODS, VAE, Posterior, decoder, elbo, encoder, evaluating,
                             gaussian_kl, kl, log_density, log_importance_weights, log_marginal,
                             parts, pixel_entropy, reached)
@@ -521,3 +523,33 @@ def test_importance_weights_of_several_categoricals_average_to_the_sum_over_all_
     w = log_importance_weights(toy, torch.zeros(1, 1), 40_000).exp()[:, 0]
     assert abs(w.mean() - table.exp().mean()) < 5*w.std()/200
     assert w.std() > .1
+
+
+@pytest.mark.parametrize('type_, tolerance', [(torch.float64, 1e-5), (torch.bfloat16, .03)])
+@pytest.mark.parametrize('code', ['gaussian', 'categorical', 'rounded'])
+def test_weights_of_another_type_give_the_same_answers(code, type_, tolerance):
+    """Doubles stay doubles through the whole bound, so that its differences are its gradient."""
+    torch.manual_seed(0)
+    model, x = VAE(3, 0 if code == 'gaussian' else 4).eval(), torch.rand(2, 1, 32, 32)
+    model = on_levels(model) if code == 'rounded' else model
+    other = deepcopy(model).to(type_)
+    with torch.no_grad():
+        assert_close(other(x).float(), model(x), rtol=0, atol=tolerance)
+        q = other.posterior(x)
+        wide = torch.promote_types(type_, torch.float32)
+        assert q.z.mean.dtype == wide and other.log_likelihood(x, q.mode).dtype == wide
+
+
+def test_the_bound_of_doubles_has_its_differences_for_a_gradient():
+    torch.manual_seed(0)
+    model, x = VAE(3, 4).double().eval(), torch.rand(2, 1, 32, 32, dtype=torch.float64)
+    def bound(b):
+        torch.manual_seed(1)
+        model.encoder[-1].bias.data.copy_(b)
+        return elbo(model, x).loss
+    b = model.encoder[-1].bias.detach().clone()
+    bound(b).backward()
+    d = torch.randn_like(b)
+    with torch.no_grad():
+        slope = (bound(b + 1e-5*d) - bound(b - 1e-5*d))/2e-5
+    assert_close(slope, model.encoder[-1].bias.grad @ d, rtol=1e-7, atol=0)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import OneHotCategorical
 from .settings import ModelPreset, limit
+from .vae import single
 
 # %% ../nbs/05_concrete.ipynb #54218896
 def gumbel(like):
@@ -143,7 +144,7 @@ class Line(nn.Module):
         super().__init__()
         self.n, self.K, self.norm = n, K, nn.BatchNorm1d(G, affine=False)
     def forward(self, h):
-        h = h.float()  # with half the bits, borders would be elsewhere
+        h = single(h)  # with half the bits, borders would be elsewhere
         return torch.cat([h[:, :self.n], level_logits(self.norm(h[:, self.n:]), self.K).flatten(1)], 1)
 
 # %% ../nbs/05_concrete.ipynb #067d1a53

@@ -10,6 +10,7 @@ __all__ = ['grid', 'show_grid', 'reconstructions', 'kl_per_latent', 'along', 'ac
 # %% ../nbs/12_traversals.ipynb #cb95a3c5
 import io
 import matplotlib.pyplot as plt, torch
+import torch.nn.functional as F
 from PIL import Image
 from .data import as_images, pixels
 from .vae import evaluating, kl
@@ -85,16 +86,17 @@ def categories(model, x, g=0):
 
 # %% ../nbs/12_traversals.ipynb #08a044c3
 def traversals(model, x, n=10, ax=None, title=None, over=None):
-    """Draw the traversals of one image x (1, ...): a row per continuous latent,
-    named with its KL in nats, most informative first, and one for each categorical of `n` classes.
+    """Draw the traversals of one image x (1, ...): a row of `n` images or more per continuous
+    latent, named with its KL in nats, most informative first, and one for each categorical.
     KL: mean over images `over` (B, ...), or that of x alone."""
     kl_z, kl_c = kl_per_latent(model, x if over is None else over)
-    order = kl_z.argsort(descending=True).tolist()
+    order, n = kl_z.argsort(descending=True).tolist(), max(n, model.n_c)
     images = [traversal(model, x, j, torch.linspace(-3, 3, n)) for j in order]
     rows = [f'z{j} {kl_z[j]:5.2f}' for j in order]
-    if model.n_c == n:
+    if model.n_c:
         G = getattr(model, 'categoricals', 1)
-        images += [categories(model, x, g) for g in range(G)]
+        white = 3*(0, 0) + (0, n - model.n_c)
+        images += [F.pad(categories(model, x, g), white, value=1) for g in range(G)]
         rows += [f'c {kl_c:5.2f}'] + ['']*(G - 1)
     return show_grid(torch.stack(images), rows, title, ax)
 

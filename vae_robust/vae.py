@@ -203,18 +203,27 @@ def network_exists(p):
     except ValueError as e:
         raise ValueError(f'there is no such network: {e}') from None
 
+# %% ../nbs/04_vae.ipynb #c551e8bb
+def like_weights(model, x):
+    "Numbers x in the type of a model's weights, if it has any."
+    return x.to(next((p.dtype for p in model.parameters()), x.dtype))
+
+def single(h):
+    "Numbers h, in single precision if they have less."
+    return h.to(torch.promote_types(h.dtype, torch.float32))
+
 # %% ../nbs/04_vae.ipynb #75255cd4
 def readable(model, x):
     """Images x as the encoder of a `VAE` reads them; floats (B, C, H, W) of its type as they are.
     Raises `DataError` for those that are of another shape, or can be no images."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[1:] != model.shape:
         x = pixels(as_images(x, model.shape))
-    return x.to(next((p.dtype for p in model.parameters()), x.dtype))
+    return like_weights(model, x)
 
 # %% ../nbs/04_vae.ipynb #b46c0c9f
 def parted(h, n_z, n_c, categoricals):
     "What an encoder emits, (B, 2 n_z + G n_c): mean, log variance, logits (B, n_c) or (B, G, n_c)."
-    mu, lv, l = h.float().split([n_z, n_z, categoricals*n_c], -1)
+    mu, lv, l = single(h).split([n_z, n_z, categoricals*n_c], -1)
     return mu, lv, l if categoricals == 1 else l.unflatten(-1, (categoricals, n_c))
 
 # %% ../nbs/04_vae.ipynb #42942d55
@@ -243,12 +252,12 @@ class VAE(nn.Module):
 
     def log_likelihood(self, x, code: Codes) -> PerImage:
         "log p(x|code) in nats, summed over channels and pixels, (4.8): (B,)."
-        p = LIKELIHOODS[self.likelihood](self.decoder(code).float())
-        return Independent(p, 3).log_prob(pixels(x))
+        h = single(self.decoder(like_weights(self, code)))
+        return Independent(LIKELIHOODS[self.likelihood](h), 3).log_prob(pixels(x).to(h.dtype))
 
     def decode(self, code: Codes) -> Images:
         "The mean image of p(x|code), grey values in [0, 1]: (B, channels, size, size)."
-        return LIKELIHOODS[self.likelihood](self.decoder(code)).mean
+        return LIKELIHOODS[self.likelihood](self.decoder(like_weights(self, code))).mean
 
     def forward(self, x) -> Images:
         "The reconstruction of x from its most likely code. Deterministic."

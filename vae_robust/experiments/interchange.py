@@ -91,16 +91,18 @@ def publish_swaps(study, runs, folder=None, **pool):
 
 # %% ../../nbs/28_interchange.ipynb #25c7b40f
 def flip_radius(model, x, box=True):
-    """(28.4), to first order the radius in grey values at which the category of images x
-    (B, C, H, W) changes: (B,). `box`: pixels that are 0 or 1 do not leave [0, 1]."""
+    """(28.4), to first order the radius in grey values at which a category of images x
+    (B, C, H, W) changes, the first to do so of several: (B,). `box`: pixels that are 0 or 1 do not
+    leave [0, 1]."""
     x = x.detach().requires_grad_()
     l = model.posterior(x).c.logits
     own, least = l.argmax(-1, keepdim=True), torch.full((len(x),), torch.inf)
-    for b in range(l.shape[1]):
-        m = (l.gather(1, own) - l[:, b:b + 1])[:, 0]
-        g, = torch.autograd.grad(m.sum(), x, retain_graph=True)
+    m = (l.gather(-1, own) - l).flatten(1)
+    other = torch.ones_like(l).scatter(-1, own, 0).flatten(1) > 0
+    for b in range(m.shape[1]):
+        g, = torch.autograd.grad(m[:, b].sum(), x, retain_graph=True)
         free = torch.where(g > 0, x > 0, x < 1) if box else True
-        r = m.detach()/(g*free).abs().flatten(1).sum(1)
+        r = m[:, b].detach()/(g*free).abs().flatten(1).sum(1)
         r = r.nan_to_num(torch.inf, torch.inf)  # 0/0: a tie without a slope
-        least = torch.where(own[:, 0] == b, least, torch.minimum(least, r))
+        least = torch.where(other[:, b], torch.minimum(least, r), least)
     return least
