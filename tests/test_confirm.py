@@ -8,15 +8,16 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
+from vae_robust.concrete import on_levels
 from vae_robust.experiments import confirm
 from vae_robust.experiments.confirm import (ALL, CONTRASTS, DOUBLED, JUDGES, TARGETED,
                                             Nearest, any_loses, arm_of, by_other_rules)
-from vae_robust.experiments.confirm import class_rates, is_lost, lost_cells, measures
+from vae_robust.experiments.confirm import arm_row, class_rates, is_lost, lost_cells, measures
 from vae_robust.experiments.confirm import on_fewer_pairs, one_row_each, pairs_of, plainly_named, radii_of
 from vae_robust.experiments.confirm import radius_cells, rate_contrast, six_tests, wide_table
 from vae_robust.radius import ladder, lowest_rung
 from vae_robust.settings import preset
-from vae_robust.vae import Posterior
+from vae_robust.vae import VAE, Posterior
 
 FRAME = pd.DataFrame([(s, t, 10*s + t) for s in range(10) for t in range(10) if s != t],
                      columns=['source', 'target', 'image'])
@@ -207,3 +208,17 @@ def test_published_cells_are_found_again(tmp_path, arm, seed, attack):
                                        pairs_of(cell, tmp_path))]))
     for column in again.columns:
         assert (again[column].to_numpy() == published[column].to_numpy()).mean() > .99
+
+
+def test_the_nats_of_rounded_scalars_are_counted():
+    torch.manual_seed(0)
+    model, x = on_levels(VAE(0, 3, categoricals=2)), torch.rand(500, 1, 32, 32)
+    model.encoder[-1].norm.momentum = 1.
+    with torch.no_grad():
+        model.encoder(x)  # so that the normalisation has seen them
+        model.eval()
+        codes = model.posterior(x).c.mode.flatten(1)
+    n = torch.tensor([(codes == c).all(1).sum() for c in codes.unique(dim=0)])/500.
+    row = arm_row(model, x)
+    assert len(n) > 2 and row['kl_z'] == 0
+    assert row['kl_c'] == pytest.approx(-(n*n.log()).sum().item(), rel=1e-5)

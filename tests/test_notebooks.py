@@ -104,6 +104,14 @@ def test_cells_are_small(nb):
     assert [c for c in too_long(code(nb)) if not c.startswith('longest')] == []  # see test_style
 
 
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
+def test_no_widget_is_stored_that_nobody_sees(nb):
+    "A notebook of pictures once carried six thousand lines about progress bars that had gone."
+    stored, view = nbformat.read(nb, 4), 'application/vnd.jupyter.widget-view+json'
+    outputs = [o for c in stored.cells for o in c.get('outputs', [])]
+    assert 'widgets' not in stored.metadata or any(view in o.get('data', {}) for o in outputs)
+
+
 def defined(cell):
     "The names that a cell binds at its top level, those of comprehensions aside."
     bound, inner = set(), set()

@@ -7,12 +7,13 @@ from scipy.stats import t as student
 from torch import nn
 from torch.distributions import Normal
 
-from vae_robust import robustness
-from vae_robust.data import ImageData, load
+from vae_robust import diagnosis, robustness
+from vae_robust.data import ImageData, load, pixels
 from vae_robust.objectives import AttackError, logits, means
 from vae_robust.diagnosis import (blind_is_better, diagnose, hidden_by_code, in_training_mode,
                                   knowing, left_the_ball, masked_by_code, no_better_than_noise,
-                                  not_converged, not_monotone, stochastic, without_slope)
+                                  not_converged, not_monotone, stochastic, trials_of,
+                                  without_slope)
 from vae_robust.judges import agreement
 from vae_robust.robustness import (against_radius, auddc, jacobians, kept, margins, spectrum, ssim,
                                    stays_within, tally, together, transfer, worst)
@@ -450,9 +451,22 @@ def test_the_rule_fires_where_a_code_masks_and_not_without_one():
     judge, digits = pretrained_judge('judge/residual'), load('digits', 'test')
     test = ImageData(*(a[digits.y < 6] for a in digits))  # 30 pairs
     soft = preset('attack.damage_soft', pairs=1, steps=5)
-    said = [masked_by_code(pretrained(f'mnist/{m}'), judge, soft, test)
-            for m in ('disentangled', 'entangled')]
+    models = [pretrained(f'mnist/{m}') for m in ('disentangled', 'entangled')]
+    said = [masked_by_code(m, soft, pixels(test.x[:1]), trials_of(m, judge, test)) for m in models]
     assert said[0].startswith('The categorical masks the gradient') and said[1] == ''
+
+
+def test_diagnose_makes_each_attack_once(monkeypatch):
+    digits, judge, made = load('digits', 'test'), pretrained_judge('judge/residual'), []
+    test = ImageData(*(a[digits.y < 3] for a in digits))
+    model, p = pretrained('mnist/disentangled'), preset('attack.output_soft', pairs=1, steps=2)
+    def noting(f):
+        return lambda model, judge, preset, *more, **kw: (
+            made.append(preset), f(model, judge, preset, *more, **kw))[1]
+    for name in ('attacked', 'trial'):
+        monkeypatch.setattr(diagnosis, name, noting(getattr(diagnosis, name)))
+    diagnose(model, judge, p, test)
+    assert len(made) == len({*made}) and p in made  # three radii of four, and five more
 
 
 def test_diagnose_stops_at_a_model_in_training_mode(model):

@@ -7,11 +7,11 @@ __all__ = ['diagnose']
 
 # %% ../nbs/22_diagnosis.ipynb #829b9515
 import math
-from functools import partial
+from functools import cache, partial
 from .discrete import has_code
 from .data import pixels
 from .optimisers import BALLS
-from .robustness import attacked, evaluate, kept, trial
+from .robustness import attacked, counts, kept, rows_of, trial
 from .settings import preset as preset_of
 from .statistics import beats, mean_rate
 from .vae import reached
@@ -108,22 +108,28 @@ def knowing(preset, K):
     return preset.model_copy(update=keys)
 
 # %% ../nbs/22_diagnosis.ipynb #c3a90d51
-def missed_by(model, judge, preset, test, seed=0):
-    "Which of the pairs that count are missed under an `AttackPreset`: boolean (N,)."
-    rows = trial(model, {'judge': judge}, preset, test, seed, progress=False)
+def missed_in(rows):
+    "Which of the pairs that count are missed in a `trial` of one judge: boolean (N,)."
     return (rows.judge_after != rows.source)[kept(rows, 'judge')].to_numpy()
 
+def rate_in(rows):
+    "`mean_rate` of a `trial` of one judge, in percent."
+    c = counts(rows.source, rows.target, rows.judge_before, rows.judge_after)
+    return mean_rate(c.missed, c.kept)[0]
+
+# %% ../nbs/22_diagnosis.ipynb #8223dfc9
+def trials_of(model, judge, test, seed=0):
+    "The function that makes the `trial` on `model` of an `AttackPreset`, once for each."
+    return cache(partial(trial, model, {'judge': judge}, test=test, seed=seed, progress=False))
+
 # %% ../nbs/22_diagnosis.ipynb #0eaf81e6
-def masked_by_code(model, judge, preset, test, seed=0, carried=None):
-    """What `hidden_by_code` says of an `AttackPreset` on `model`: nothing, if that has no
-    categorical. `carried`: what `missed_by` says of attack.latent_code, if that is known."""
-    x = pixels(test.x[:1])
+def masked_by_code(model, preset, x, trials):
+    """What `hidden_by_code` says of an `AttackPreset` on `model`, which reads images x (B, ...):
+    nothing, if it has no categorical. `trials`: as `trials_of` it."""
     if not has_code(model, x): return ''
     knows = knowing(preset, model.posterior(x).c.logits.shape[-1])
     latent = preset_of('attack.latent_code', eps=preset.eps, pairs=preset.pairs)
-    missed = partial(missed_by, model, judge, test=test, seed=seed)
-    carried = missed(latent) if carried is None else carried
-    return hidden_by_code(missed(preset), missed(knows), carried)
+    return hidden_by_code(*(missed_in(trials(p)) for p in (preset, knows, latent)))
 
 # %% ../nbs/22_diagnosis.ipynb #d8be38be
 NOTHING_RECOGNISED = ('The judge recognises the reconstruction of no source, so there is nothing to lose: '
@@ -135,10 +141,12 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     does. `radii`: of the monotonicity check."""
     rules = [in_training_mode(model, judge)]
     if rules[0]: return rules  # nothing else means anything then
-    def rate(**kw):
-        c = evaluate(model, judge, preset.model_copy(update=kw), test, seed, progress=False)
-        return mean_rate(c.missed, c.kept)[0]
-    run, own = attacked(model, judge, preset, test, seed, progress=False), rate()
+    run = attacked(model, judge, preset, test, seed, progress=False)
+    done = {preset: rows_of(run, model, {'judge': judge}, preset, seed)}
+    others = trials_of(model, judge, test, seed)
+    trials = lambda p: done[p] if p in done else others(p)
+    rate = lambda **change: rate_in(trials(preset.model_copy(update=change)))
+    own = rate()
     if math.isnan(own): return [NOTHING_RECOGNISED]
     rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found),
               left_the_ball(run.found.x, run.x, preset),
@@ -146,5 +154,5 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
               not_monotone(radii, [rate(eps=e) for e in radii]),
               no_better_than_noise(own, rate(steps=0, noise=1.)),
               blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps)),
-              masked_by_code(model, judge, preset, test, seed)]
+              masked_by_code(model, preset, run.x[:1], trials)]
     return [r for r in rules if r]

@@ -17,6 +17,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from ..attacks import attack
+from ..concrete import Rounded, code_entropy
 from ..crossed import class_medians, crossed_bootstrap, holm, in_words
 from ..crossed import median_differences, rate_differences, two_sided
 from ..data import load, pixels
@@ -39,22 +40,26 @@ DOUBLED = 'latent_code_starts', 'output_code_starts'           # T1 and T2 with 
 JUDGES = 'strided', 'wide', 'lenet'                            # they score, and no attack sees them
 
 # %% ../../nbs/27_confirm.ipynb #c3dedd50
-PROCESSORS = dict.fromkeys(range(100, 106), 'AMD EPYC')  # all arms of a seed are trained on one
+PROCESSORS = dict.fromkeys([*range(3), *range(100, 106)], 'AMD EPYC')  # one for all of a seed
 
 def arm_row(model, x):
-    "Nats of the means and of the category of a `VAE` on images x, and whether it is `dead`."
+    """Nats of the means and of the category of a `VAE` on images x, of rounded scalars their
+    `code_entropy`, and whether it is `dead`."""
     kl_z, kl_c = kl_per_latent(model, x)
+    if model.family is Rounded:
+        with torch.no_grad():
+            kl_c = code_entropy(model.posterior(x).c.mode).item()
     return {'kl_z': kl_z.sum().item(), 'kl_c': kl_c, 'dead': dead(model, x)}
 
 # %% ../../nbs/27_confirm.ipynb #ecf9baa7
-def publish_arms(study, runs, folder=None):
-    """Write the trained models of a `Study` of arms to arms.csv and .md in `folder` (figures/):
+def publish_arms(study, runs, folder=None, name='arms'):
+    """Write the trained models of a `Study` to `name`.csv and .md in `folder` (figures/):
     processor, hash, and `arm_row` on the first 2,000 training images; the table."""
     x = pixels(load('mnist', 'train').x[:2000])
     there = [(labels, w) for labels, w in models_of(study, runs) if w.hash]
     table = pd.DataFrame([labels | {'processor': PROCESSORS[w.seed], 'hash': w.hash}
                           | arm_row(restore(w, runs), x) for labels, w in there])
-    save_table(table, 'arms', folder or root()/'figures', floatfmt='.2f')
+    save_table(table, name, folder or root()/'figures', floatfmt='.2f')
     return table
 
 
@@ -331,22 +336,22 @@ def measures(name, folder=None):
 HARDER = {'as they are': TARGETED, 'twice the steps': [f'{a}_steps' for a in TARGETED],
           'twice the starts': [f'{a}_starts' for a in TARGETED]}
 
-def doubling(table):
-    "Of a `wide_table` of pilots: for each model the rate in percent under each of `HARDER`."
+def by_goal(table, goals):
+    "A row for each model of a `wide_table`: rates in percent under any attack of each of `goals`."
     classes = table.drop_duplicates(['source', 'target', 'image']).source.to_numpy()
     rates = lambda m, attacks: class_rates(arm_of(table, m, attacks), classes)
     who = lambda m: {'model': m, 'seed': sorted(table[table.model == m].seed.unique())}
-    each = [pd.DataFrame(who(m) | {k: rates(m, a) for k, a in HARDER.items()})
+    each = [pd.DataFrame(who(m) | {k: rates(m, a) for k, a in goals.items()})
             for m in table.model.unique()]
     return pd.concat(each, ignore_index=True)
 
 # %% ../../nbs/27_confirm.ipynb #55c4c3d6
 def publish_pilots(studies, runs, folder=None, **pool):
-    """Ask the pilots of several `Study`s for their first measure, and write `doubling` of it to
+    """Ask the pilots of several `Study`s for their first measure, and write it `by_goal` to
     pilots.csv and .md in `folder` (figures/); the table."""
     answers = [a for s in studies for a in ask(lost_cells(s, runs), pairs_of, runs, **pool)]
     weights = {k: h for s in studies for k, h in hashes_of(s, runs).items()}
-    table = doubling(wide_table(answers))
+    table = by_goal(wide_table(answers), HARDER)
     save_table(table, 'pilots', folder or root()/'figures', floatfmt='.1f',
                draw=studies[0].draw, weights=weights)
     return table
