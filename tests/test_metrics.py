@@ -744,3 +744,19 @@ def test_an_independent_normal_is_a_normal():
     z, v = code_of_two()
     q = Normal(torch.tensor(z), .1)
     assert mig_samples(torch.distributions.Independent(q, 1), v) == mig_samples(q, v)
+
+
+@pytest.mark.parametrize('G', [1, 2])
+def test_the_numbers_of_categories_are_names(G):
+    """Renumbering the classes changes no explicitness; as a code of plain numbers it would."""
+    rng, N, K = np.random.default_rng(0), 2000, 6
+    v = rng.integers(K, size=(N, G))
+    swap = torch.tensor([3, 0, 4, 1, 5, 2])
+    def said(classes):
+        logits = 9*torch.nn.functional.one_hot(classes, K).float().squeeze(1)
+        return Posterior(Normal(torch.zeros(N, 1), 1.), OneHotCategorical(logits=logits))
+    c = torch.tensor(v).unsqueeze(1) if G == 1 else torch.tensor(v)
+    explicit = lambda q: infomec(q, v, halves=0).explicitness.value
+    assert explicit(said(c)) > .999 and explicit(said(swap[c])) > .999
+    assert explicit(code(said(swap[c])).mean) < .2
+    assert code(said(c)).classes == (0,) + G*(K,)

@@ -445,6 +445,15 @@ def test_the_attacker_who_knows_the_code_keeps_the_rest_of_the_preset():
                                                             restarts=9))
     assert knowing(preset('attack.output_soft'), 10).restarts == 1
     assert knowing(preset('attack.output_soft'), 10).select == 'hard'
+    assert knowing(preset('attack.judge_untargeted_soft'), 10).select == 'hard'
+
+
+def test_a_short_attack_is_not_the_code_s_fault():
+    "Two steps find little on a model whose category says nothing, and so do two that know it."
+    judge, digits = pretrained_judge('judge/residual'), load('digits', 'test')
+    test, short = ImageData(*(a[digits.y < 6] for a in digits)), preset('attack.strong', pairs=1, steps=2)
+    model = pretrained('mnist/entangled')
+    assert masked_by_code(model, short, pixels(test.x[:1]), trials_of(model, judge, test)) == ''
 
 
 def test_the_rule_fires_where_a_code_masks_and_not_without_one():

@@ -107,7 +107,7 @@ def widening(df, level=.95):
 # %% ../nbs/20_crossed.ipynb #1bd031ab
 def two_sided(draws):
     """The p-value of no difference: twice the share of draws on the other side of zero, at least
-    1/(n + 1). NaN if a draw is: it is on neither side, and would speak for a difference."""
+    2/(n + 1). NaN if a draw is: it is on neither side, and would speak for a difference."""
     if np.isnan(draws).any(): return np.nan
     least = min((draws <= 0).sum(), (draws >= 0).sum())
     return min(1., 2*(least + 1)/(len(draws) + 1))

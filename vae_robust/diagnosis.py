@@ -101,9 +101,12 @@ def hidden_by_code(missed, known, carried):
 
 # %% ../nbs/22_diagnosis.ipynb #d35ccc31
 def knowing(preset, K):
-    "An `AttackPreset` with codes forced; each of the other `K` - 1 if it has no target."
+    """An `AttackPreset` with codes forced; each of the other `K` - 1 if it has no target. Images of
+    another code come first where the objective is a distance, which is never above 0."""
     away = preset.goal == 'away'
-    keys = dict(forced=True, soften=1., anneal=False, select='code' if away else 'hard')
+    scored = preset.objective in ('judge', 'classifier', 'code')
+    chosen = 'code' if away and not scored else 'hard'
+    keys = dict(forced=True, soften=1., anneal=False, select=chosen)
     keys |= dict(restarts=max(preset.restarts, K - 1 if away else 1))
     return preset.model_copy(update=keys)
 
@@ -128,7 +131,8 @@ def masked_by_code(model, preset, x, trials):
     nothing, if it has no categorical. `trials`: as `trials_of` it."""
     if not has_code(model, x): return ''
     knows = knowing(preset, model.posterior(x).c.logits.shape[-1])
-    latent = preset_of('attack.latent_code', eps=preset.eps, pairs=preset.pairs)
+    same = {key: getattr(preset, key) for key in ('eps', 'pairs', 'steps', 'restarts')}
+    latent = preset_of('attack.latent_code', **same)
     return hidden_by_code(*(missed_in(trials(p)) for p in (preset, knows, latent)))
 
 # %% ../nbs/22_diagnosis.ipynb #d8be38be

@@ -36,10 +36,12 @@ class DisentanglementError(ValueError):
 
 # %% ../nbs/11_metrics.ipynb #40c01f69
 class Code(NamedTuple):
-    """What is said of N images:
-    the means and the standard deviations (0: none) of their D latents, numpy (N, D)."""
+    """What is said of N images: the means and the standard deviations (0: none) of their D latents,
+    numpy (N, D); of each the number of its classes, if it is a category's index, else 0 (or no
+    `classes` at all)."""
     mean: np.ndarray
     std: np.ndarray
+    classes: tuple = ()
 
 # %% ../nbs/11_metrics.ipynb #eca05007
 def moments(q):
@@ -52,6 +54,13 @@ def moments(q):
     return (torch.cat([q.z.loc, index], -1),
             torch.cat([q.z.scale, torch.full_like(index, .05, dtype=q.z.scale.dtype)], -1))
 
+def classes_of(q):
+    "The `classes` of a `Code` that is made of a `Posterior`, or of anything else."
+    if isinstance(q, Code): return q.classes
+    if not isinstance(q, Posterior) or q.c is None: return ()
+    logits, D = q.c.logits, q.z.loc.shape[-1]
+    return D*(0,) + (logits[0].numel()//logits.shape[-1])*(logits.shape[-1],)
+
 # %% ../nbs/11_metrics.ipynb #dc747d2c
 def array(a):
     return np.asarray(a.detach().cpu().double() if isinstance(a, torch.Tensor) else a, float)
@@ -63,7 +72,7 @@ def code(represent, # (N, D) numbers, a `Normal`, `Posterior` or `Code`; or a fu
     `DisentanglementError` if they are no such table, or if there is a nan or an infinity."""
     q = represent(factors) if callable(represent) else represent
     try:
-        mean, std = (array(a) for a in (q if isinstance(q, Code) else moments(q)))
+        mean, std = (array(a) for a in (q[:2] if isinstance(q, Code) else moments(q)))
     except (TypeError, ValueError):
         raise DisentanglementError('Codes are numbers (N, D) or a distribution of them, '
                                    f'not a {type(q).__name__}.') from None
@@ -77,7 +86,7 @@ def code(represent, # (N, D) numbers, a `Normal`, `Posterior` or `Code`; or a fu
         raise DisentanglementError(f'{odd.sum()} of {len(odd)} codes are not finite, '
                                    f'the first in row {odd.argmax()}.')
     if (std < 0).any(): raise DisentanglementError('Standard deviations must not be negative.')
-    return Code(mean, std)
+    return Code(mean, std, classes_of(q))
 
 # %% ../nbs/11_metrics.ipynb #d5645ea8
 def table(factors): # (N, K) or (N,) whole numbers, also a DataFrame; or a dict of K columns (N,)
@@ -122,7 +131,7 @@ def over_halves(f, q, v, rng, halves=10):
     """Standard deviation of f(q, v, rng) over random halves of the rows, (11.1);
     nan where there is none."""
     rows = [rng.permutation(len(v))[:len(v)//2] for _ in range(halves)]
-    values = np.array([f(Code(q.mean[i], q.std[i]), v[i], rng) for i in rows])
+    values = np.array([f(q._replace(mean=q.mean[i], std=q.std[i]), v[i], rng) for i in rows])
     return values.std(0, ddof=1) if halves > 1 and np.isfinite(values).all() else np.nan
 
 # %% ../nbs/11_metrics.ipynb #5708855b
@@ -252,7 +261,7 @@ def sampled_information(q, # Code of N images, all std > 0
 @metric
 def mig_samples(q, v, rng, samples=1000):
     """The mutual information gap (11.4) from posteriors (11.6), at `samples` drawn codes:
-    at most 1. Chen et al. 2018, arXiv:1802.04942.
+    at most 1, but for the chance of the draw. Chen et al. 2018, arXiv:1802.04942.
     `DisentanglementError` unless all standard deviations are above 0.
     Memory about 4 N (sum of V_k + 100) bytes, time N D samples."""
     if not (q.std > 0).all():
@@ -517,6 +526,13 @@ def log_losses(z, y, train, test):
     p = fit.fit(z[train], y[train]).predict_proba(z[test])[np.arange(len(own)), own]
     return -np.log(counts/counts.sum())[own].mean(), -np.log(p.clip(1e-300)).mean()
 
+# %% ../nbs/11_metrics.ipynb #e127e2ea
+def unnumbered(q):
+    "The means of a `Code`, (N, D'), with one column for each class in the place of an index."
+    K = q.classes or q.mean.shape[1]*(0,)
+    parts = [np.eye(k)[a.astype(int)] if k else a[:, None] for a, k in zip(q.mean.T, K)]
+    return np.concatenate(parts, 1)
+
 # %% ../nbs/11_metrics.ipynb #ee69c145
 def explained(z, v, rng, # codes (N, D), factors (N, K), numpy Generator
               nominal=()): # the numbers of the factors without order
@@ -543,7 +559,7 @@ def infomec(q, v, rng, bins=20, nominal=(), least=.05):
     alive = wide(q.mean, least)
     if not alive.any(): return InfoMEC(0., 0., 0.)
     NMI = ratio(mutual_information(q.mean[:, alive], v, bins), entropies(v)).round(9)
-    parts = lead(NMI), lead(NMI.T), explained(q.mean, v, rng, nominal)
+    parts = lead(NMI), lead(NMI.T), explained(unnumbered(q), v, rng, nominal)
     return InfoMEC(*(float(part.mean()) for part in parts))
 
 # %% ../nbs/11_metrics.ipynb #0d100639
@@ -558,7 +574,8 @@ def encode(represent, x, batch=1000):
         x, seen = as_images(x, error=DisentanglementError), pixels
     with evaluating(represent):
         parts = [code(represent(seen(x[i:i + batch]))) for i in range(0, len(x), batch)]
-    return Code(*map(np.concatenate, zip(*parts)))
+    mean, std, (classes, *_) = zip(*parts)
+    return Code(np.concatenate(mean), np.concatenate(std), classes)
 
 # %% ../nbs/11_metrics.ipynb #a6954063
 METRICS = {'MIG': mig, 'MIG, samples': mig_samples, 'modularity': modularity, 'DCI': dci,

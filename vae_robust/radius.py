@@ -21,8 +21,8 @@ def ladder(top=.4, halving=16, n=128):
 def lowest_rung(lost, B, radii):
     """The last rung of falling `radii` (n,), n a power of two, at which each of `B` images is
     lost; (B,), -1 if not even at the first. `lost(rows, eps)`: whether the images `rows` (R,)
-    are lost within `eps` (R,), boolean (R,). It is called 1 + log2 n times; it must stay true as
-    radii grow."""
+    are lost within `eps` (R,), boolean (R,). It is called at most 1 + log2 n times; it must stay
+    true as radii grow."""
     rows, n = torch.arange(B), len(radii)
     rung = torch.where(lost(rows, radii[0].expand(B)), 0, -1)
     rows = rows[rung == 0]

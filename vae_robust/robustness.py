@@ -269,8 +269,8 @@ def stays_within(model, x: Images, r, n=200) -> PerImage:
 # %% ../nbs/21_robustness.ipynb #c37d0ff3
 def margins(model, x: Images, p: PerImage) -> tuple[PerImage, PerImage]:
     """The radii (21.4) up to which images x are r-robust to first order, for p (B,) as
-    `stays_within` gives it: R and its lower bound; < 0 if p < .5. p is cut to [.001, .999], so
-    that R is at most 3.09 divided by the largest singular value in (21.4)."""
+    `stays_within` gives it: R, below 0 if p < .5, and for other p its lower bound. p is cut to
+    [.001, .999], so that R is at most 3.09 divided by the largest singular value in (21.4)."""
     J, sd = jacobians(features(model, 'means'), x), model.posterior(x).z.stddev.detach()
     z = torch.as_tensor(gaussian.ppf(p.clamp(1e-3, 1 - 1e-3)), dtype=x.dtype)
     R = z/torch.linalg.matrix_norm(J/sd[..., None], 2)
