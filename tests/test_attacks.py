@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import numpy as np, pytest, torch
 from types import SimpleNamespace
 from hypothesis import given, settings
+from pydantic import BaseModel
 from scipy.optimize import brentq, linprog, minimize
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical, kl_divergence
@@ -211,8 +212,8 @@ def test_unusable_images_get_one_sentence(x, x_t, words):
     (lambda x: x.detach().flatten(1), {}, {}, 'has no gradient'),
 ])
 def test_what_cannot_work_gets_one_sentence(model, keys, kw, words):
-    p = preset('attack.strong', steps=2).model_copy(update=keys)  # not read from the settings
-    with pytest.raises(AttackError, match=words) as e:
+    p = BaseModel.model_copy(preset('attack.strong', steps=2), update=keys)  # unchecked
+    with pytest.raises((AttackError, SettingsError), match=words) as e:
         attack(model, images(3, 0), images(3, 1), p, progress=False, **kw)
     assert '\n' not in str(e.value)
 
@@ -841,9 +842,9 @@ def test_the_square_attack_finds_the_corner_of_a_one_pixel_image_and_refuses_the
     x, x_t = torch.full((1, 1, 1, 1), .5), torch.full((1, 1, 1, 1), .9)
     assert abs(attack(lambda x: x.flatten(1), x, x_t, preset('attack.square', steps=20),
                       progress=False).x.item() - .6) < 1e-6
-    with pytest.raises(AttackError, match='square attack'):
+    with pytest.raises(SettingsError, match='square attack'):
         attack(lambda x: x.flatten(1), x, x_t,
-               preset('attack.square').model_copy(update={'ball': 'l2'}), progress=False)
+               BaseModel.model_copy(preset('attack.square'), update={'ball': 'l2'}), progress=False)
 
 
 # ---------------------------------------------------------------- what users met

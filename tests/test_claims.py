@@ -38,7 +38,7 @@ PLACE = re.compile(r'\{([\w.]+?)(?:\.(low|high))? (\+?)(-?\d)\}')
 
 NOT_RESULTS = [  # what the setting is, and not what was found
     '(0 to 1)', 'at most 0.1', 'In 2018', '95 %', 'Python 3.11',
-    '6.5 GB', 'about 10 minutes',
+    '6.5 GB',
     'CC BY-SA 3.0', '2018']
 
 

@@ -3,6 +3,7 @@ from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
+from pydantic import BaseModel
 from scipy.stats import t as student
 from torch import nn
 from torch.distributions import Normal
@@ -220,7 +221,7 @@ def test_an_attack_weighs_the_norm_by_pair_if_it_is_relative(model, digits):
     assert not torch.equal(weighed.x, attack(model, x, x_t, p, progress=False).x)
     assert weighed.nans.sum() == 0
     with pytest.raises(AttackError, match='relative = true weighs against a target'):
-        away = preset('attack.damage').model_copy(update={'relative': True})
+        away = BaseModel.model_copy(preset('attack.damage'), update={'relative': True})  # unchecked
         attack(model, x, None, away, progress=False)
 
 

@@ -75,7 +75,7 @@ def test_damage_and_strangers_are_told(tmp_path):
         shipped('mnist/entangled'))[1]})
     with pytest.raises(TrainingError, match='does not fit the networks'):
         load_model(tmp_path/'wrong.safetensors')
-    with pytest.raises(TrainingError, match='cannot be read as weights'):
+    with pytest.raises(TrainingError, match='There is no file of weights'):
         load_model(tmp_path/'nowhere')
 
 
@@ -229,7 +229,7 @@ def test_a_download_that_was_changed_on_the_way_is_refused(hub, tmp_path):
 
 
 def test_nothing_is_pushed_that_is_no_model_or_says_where_its_images_lay(tmp_path):
-    with pytest.raises(TrainingError, match='cannot be read as weights'):
+    with pytest.raises(TrainingError, match='There is no file of weights'):
         push(tmp_path, 'me/mine')
     p, x = P.model_copy(update={'data': 'images:/mnt/cats'}), load('digits').x
     train(p, tmp_path, data=x, progress=False)

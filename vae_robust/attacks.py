@@ -9,6 +9,7 @@ __all__ = ['verify', 'starts', 'Attacked', 'relative_weights', 'attack', 'Smalle
 
 # %% ../nbs/16_attacks.ipynb #b4e0e234
 import math
+from contextlib import contextmanager
 from operator import index
 from typing import NamedTuple
 import numpy as np, torch
@@ -20,7 +21,7 @@ from .data import Batch, Counts, PerImage, as_images, pixels
 from .discrete import planned
 from .objectives import NEEDS_JUDGE, AttackError, norm, objective_of, penalised, unwrapped
 from .optimisers import BALLS, OPTIMISERS, Watched, bcast, quick, value_of, without_subnormals
-from .settings import AttackPreset, in_grey_values, limit
+from .settings import AttackPreset, in_grey_values, limit, named
 from .vae import reached
 
 # %% ../nbs/16_attacks.ipynb #d02a7cea
@@ -29,14 +30,18 @@ def as_batch(who, a) -> Batch:
     float32; `AttackError`, with `who` they are, for anything else."""
     if not (isinstance(a, Tensor) and a.is_floating_point() and a.ndim > 1):
         return pixels(as_images(a, who=who, error=AttackError))
+    if a.ndim == 3:
+        raise AttackError(f'{who} of the shape {tuple(a.shape)} lack an axis: a[None] is a batch '
+                          'of one image, a[:, None] are images of one channel.')
     if len(a) == 0:
         raise AttackError(f'There is nothing to attack: the batch of {who.lower()} is empty.')
     nan = a.flatten(1).isnan().any(1)
     if nan.any():
         raise AttackError(f'{who} contain NaN: the first is image {nan.nonzero()[0].item()}.')
     if a.min() < 0 or a.max() > 1:
+        remedy = '(a + 1)/2 brings [-1, 1] there' if a.min() < 0 else 'divide bytes by 255'
         raise AttackError(f'{who} must lie in [0, 1], not in [{a.min():.3g}, {a.max():.3g}]: '
-                          'divide bytes by 255.')
+                          f'{remedy}.')
     return a.detach()
 
 # %% ../nbs/16_attacks.ipynb #5f473d62
@@ -307,19 +312,30 @@ def in_batches(size, x, *others):
     part = lambda a, i: a[i:i + size] if isinstance(a, Tensor) else a
     return ((i, [part(a, i) for a in (x, *others)]) for i in range(0, len(x), size))
 
+# %% ../nbs/16_attacks.ipynb #6b7798c0
+@contextmanager
+def asking_about(x):
+    "What torch says of a model that cannot be asked about images x, as an `AttackError`."
+    try:
+        yield
+    except (RuntimeError, IndexError) as e:
+        said = str(e).strip().split('\n')[0].rstrip('.')
+        raise AttackError(f'The model cannot be asked about images {tuple(x.shape[1:])} of '
+                          f'{str(x.dtype).removeprefix("torch.")}: {said}.') from e
+
 # %% ../nbs/16_attacks.ipynb #df80118d
 @torch.enable_grad()
 @without_subnormals()
 def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=True, *,
            judge=None, eps=None, lam=None, make=None, trace=False) -> Attacked:
     """Attack sources x with targets x_t (None if `preset.goal` is 'away'), (B, C, H, W) in [0, 1]
-    or bytes, by an `AttackPreset`: `Attacked`. `batch` matters by rounding, or for a `stop`.
+    or bytes, by an `AttackPreset` or its name: `Attacked`. `batch` matters by rounding or a `stop`.
 
     `model`: a `VAE`, what `adapt` returns, or a function from images to a tensor, a distribution or
     a `Posterior`. `judge`: images (or features) to scores (B, K), where needed. `eps`, `lam`: a
     number or one per image, (B,), not the preset's. `make`: your own kind of `OBJECTIVES`. `trace`:
     keep all values (with the pixel norm), NaN after a stop. Raises `AttackError`."""
-    x, x_t = as_pairs(x, x_t)
+    preset, (x, x_t) = named(preset), as_pairs(x, x_t)
     model, judge, eps = unwrapped(model), unwrapped(judge), as_radii(preset, eps, x)
     check_models(model, judge, make)
     check_parts(preset, model, make)
@@ -328,7 +344,7 @@ def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=Tru
     noises = generators(preset, seed)
     look = dict(desc=desc, unit='step', unit_scale=True, disable=not progress, mininterval=1,
                 total=len(x)*(preset.steps + 1)*len(noises))
-    with torch.autocast(x.device.type, enabled=False), tqdm(**look) as bar:
+    with torch.autocast(x.device.type, enabled=False), tqdm(**look) as bar, asking_about(x):
         lam, fast = as_weights(model, x, x_t, preset, judge, make, lam), quick(model)
         for first, (a, t, e, l) in in_batches(batch, x, x_t, eps, lam):
             plan = planned(preset, fast, a, t, judge, make)

@@ -210,11 +210,11 @@ def chosen(name, judge, a, length, seed, *, attack, runs):
     from vae_robust import data, studies
     asked = Study(models=wanted(name, 'model'), train=length, judges=wanted(judge, 'judge'),
                   attacks=attack, pairs=str(a.pairs), seeds=str(seed))
-    studies.prepare(asked, runs, jobs=1)
-    cells = [cell for _, cell in studies.cells_of(asked, runs)]
-    if not cells:
+    if not studies.models_of(asked, runs):
         raise SettingsError(f'No weights are shipped for {name} with seed {seed}: '
                             'give --length a train preset.')
+    studies.prepare(asked, runs, jobs=1)
+    cells = [cell for _, cell in studies.cells_of(asked, runs)]
     model, judge = (studies.restore(w, runs) for w in (cells[0].model, *cells[0].judges.values()))
     return model, judge, data.load(read_preset(name).data, 'test')
 

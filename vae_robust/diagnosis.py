@@ -11,8 +11,8 @@ from functools import cache, partial
 from .discrete import has_code
 from .data import pixels
 from .optimisers import BALLS
-from .robustness import attacked, counts, kept, rows_of, trial
-from .settings import preset as preset_of
+from .robustness import attacked, check_judges, counts, kept, labelled, rows_of, trial
+from .settings import named, preset as preset_of
 from .statistics import beats, mean_rate
 from .vae import reached
 import torch
@@ -143,8 +143,10 @@ NOTHING_RECOGNISED = ('The judge recognises the reconstruction of no source, so 
 def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     """What looks wrong with an `AttackPreset` on `model`: a list of sentences, empty if nothing
     does. `radii`: of the monotonicity check."""
+    preset, test, radii = named(preset), labelled(test), sorted(radii)
     rules = [in_training_mode(model, judge)]
     if rules[0]: return rules  # nothing else means anything then
+    check_judges(model, {'judge': judge}, test)
     run = attacked(model, judge, preset, test, seed, progress=False)
     done = {preset: rows_of(run, model, {'judge': judge}, preset, seed)}
     others = trials_of(model, judge, test, seed)

@@ -133,9 +133,31 @@ def train_judge(preset, folder, seed=0, progress=True) -> nn.Module:
 def pretrained_judge(name, seed=0, source=WEIGHTS) -> nn.Module:
     """The shipped judge 'judge/wide', 'judge/strided' or 'judge/residual' in eval mode; errors as
     in `training.pretrained`."""
+    shipped(name, seed, source)  # a name that there is not resembles one of these
     p = preset(name.replace('/', '.'))
     path = shipped(name, seed, source, identity(p, seed))
     return load_weights(path, JUDGE_NETWORKS[p.network]()).eval()
+
+# %% ../nbs/18_judges.ipynb #18c795cf
+class JudgeError(ValueError):
+    "A judge whose answers cannot be read; the message says why."
+
+# %% ../nbs/18_judges.ipynb #3c533400
+def scores(judge, x):
+    """What a judge answers to images x (B, ...), (B, K); `JudgeError` unless it is that, and
+    numbers."""
+    if not callable(judge):
+        raise JudgeError(f'A judge is a function from images to scores, and not {judge!r:.60}.')
+    s = judge(x)
+    if not isinstance(s, Tensor) or s.ndim != 2 or len(s) != len(x):
+        kind = f'a tensor {tuple(s.shape)}' if isinstance(s, Tensor) else f'a {type(s).__name__}'
+        raise JudgeError('A judge answers images (B, ...) with scores (B, K), and not with '
+                         f'{kind}.')
+    if s.isnan().any():
+        if x.isnan().any():
+            raise JudgeError('The images to judge are not numbers (NaN): look at the model.')
+        raise JudgeError('Scores of the judge are not numbers (NaN): look at its weights.')
+    return s
 
 # %% ../nbs/18_judges.ipynb #9a24f2b6
 def judged(judge, x, dropout=False, batch=1000) -> Classes:
@@ -147,7 +169,7 @@ def judged(judge, x, dropout=False, batch=1000) -> Classes:
     with torch.no_grad(), evaluating(judge):
         for m in reached(judge):
             m.training = dropout and isinstance(m, (nn.Dropout, nn.Dropout2d))
-        return torch.cat([judge(b).argmax(-1) for b in x.split(batch)])
+        return torch.cat([scores(judge, b).argmax(-1) for b in x.split(batch)])
 
 # %% ../nbs/18_judges.ipynb #a6a6af62
 def agreement(judges, x):

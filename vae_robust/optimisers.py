@@ -65,10 +65,10 @@ def value_and_gradient(loss, xs: Batch) -> tuple[PerImage, Batch]:
     xs = xs.detach().requires_grad_()
     with torch.enable_grad():
         value = loss(xs)
-    if not value.requires_grad:
-        raise AttackError('The objective has no gradient: something in it detaches, or leaves '
-                          'torch.')
-    return value.detach(), torch.autograd.grad(value.sum(), xs)[0]
+    g = torch.autograd.grad(value.sum(), xs, allow_unused=True)[0] if value.requires_grad else None
+    if g is not None: return value.detach(), g
+    raise AttackError('The objective has no gradient: something in it detaches, leaves torch, or '
+                      'does not depend on the images.')
 
 # %% ../nbs/14_optimisers.ipynb #99623d7e
 @torch.no_grad()

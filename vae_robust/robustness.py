@@ -16,10 +16,11 @@ from scipy.stats import norm as gaussian
 from torch import Tensor
 from torch.func import jacrev, vmap
 from .attacks import Attacked, attack
-from .data import Batch, Codes, Images, PerImage, as_images, pixels
-from .judges import judged
+from .data import Batch, Codes, ImageData, Images, PerImage, as_images, pixels
+from .judges import JudgeError, judged, scores
 from .objectives import AttackError, features, for_judges_of_images, norm
 from .optimisers import BALLS, without_subnormals
+from .settings import named
 from .statistics import mean_rate, wilson
 from .training import keep_memory, one_thread
 from .vae import evaluating
@@ -76,14 +77,19 @@ def rates(table: pd.DataFrame) -> pd.DataFrame:
 @without_subnormals()
 def reconstruct(model, x, sample=False, batch=1000) -> Batch:
     """Reconstructions (B, ...) of images x from the most likely code, or with the categorical
-    sampled (mean of z either way); a model without `decode` reconstructs by itself. In evaluation
-    mode, whatever mode the model is in."""
+    sampled (mean of z either way); a model without `posterior` and `decode` reconstructs by
+    itself. In evaluation mode, whatever mode the model is in. AttackError if it does not."""
     def code(q):
         sampled = sample and q.c is not None
         return torch.cat([q.z.mean, q.c.sample().flatten(1)], -1) if sampled else q.mode
-    again = (lambda b: model.decode(code(model.posterior(b)))) if hasattr(model, 'decode') else model
+    coded = hasattr(model, 'decode') and hasattr(model, 'posterior')
+    again = (lambda b: model.decode(code(model.posterior(b)))) if coded else model
     with evaluating(model):
-        return torch.cat([again(b) for b in x.split(batch)])
+        parts = [again(b) for b in x.split(batch)]
+    if all(isinstance(a, Tensor) and len(a) == len(b) for a, b in zip(parts, x.split(batch))):
+        return torch.cat(parts)
+    raise AttackError(f'The model answers images with a {type(parts[0]).__name__}, and not with as '
+                      'many images: give it to `adapt` first.')
 
 # %% ../nbs/21_robustness.ipynb #8d619d5a
 class Pairs(NamedTuple):
@@ -94,11 +100,21 @@ class Pairs(NamedTuple):
     x: Images
     found: Attacked
 
+# %% ../nbs/21_robustness.ipynb #0b965b0c
+def labelled(test):
+    "A test set, images x and labels y, with both as tensors; `AttackError` for anything else."
+    if not (hasattr(test, 'x') and hasattr(test, 'y')):
+        raise AttackError(f'A test set has images x and labels y, and a {type(test).__name__} has '
+                          'not: `images` makes one of (x, y), of a folder or a DataLoader.')
+    if isinstance(test.x, Tensor) and isinstance(test.y, Tensor): return test
+    return ImageData(as_images(test.x), torch.as_tensor(test.y))
+
 # %% ../nbs/21_robustness.ipynb #157196b4
 def attacked(model, judge, preset, test, seed=0, desc='attack', progress=True,
              index=None) -> Pairs:
     """`Pairs`: an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of
     `test`, or those of `index`, (P, 2). `judge`: for an objective that needs one."""
+    preset, test = named(preset), labelled(test)
     if len(test.x) != len(test.y):
         raise ValueError(f'{len(test.x)} images and {len(test.y)} labels: each image needs one.')
     index = pairs(test.y, preset.pairs, seed) if index is None else index
@@ -121,6 +137,19 @@ def rows_of(run, model, judges, preset, seed=0):
 # %% ../nbs/21_robustness.ipynb #a7606ba6
 PORTION = 5000  # pairs whose images are in memory at the same time
 
+# %% ../nbs/21_robustness.ipynb #8c41c8a8
+def check_judges(model, judges, test):
+    """`JudgeError`, before anything is attacked, unless all `judges` can read reconstructions and
+    know all classes of `test`."""
+    with torch.no_grad(), torch.random.fork_rng():
+        rebuilt = reconstruct(model, pixels(test.x[:2]))
+        for name, judge in judges.items():
+            with evaluating(judge):
+                K = scores(judge, rebuilt).shape[1]
+            if len(test.y) and K <= test.y.max():
+                raise JudgeError(f'The judge {name!r} knows {K} classes, and there are labels up '
+                                 f'to {test.y.max()}: take one that was trained on these.')
+
 # %% ../nbs/21_robustness.ipynb #f40b002f
 def trial(model, judges, preset, test, seed=0, desc='attack', progress=True) -> pd.DataFrame:
     """An `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of `test`: a
@@ -128,7 +157,9 @@ def trial(model, judges, preset, test, seed=0, desc='attack', progress=True) -> 
     in `test`), objective_before, objective_after, l2, linf (distances that the image moved) and
     for each name in `judges` name_before and name_after, the class of the reconstruction. An
     objective that needs a judge gets the first."""
+    preset, test = named(preset), labelled(test)
     for_judges_of_images(preset)
+    check_judges(model, judges, test)
     portions = pairs(test.y, preset.pairs, seed).split(PORTION)
     first, rows = next(iter(judges.values())), []
     for i, index in enumerate(portions):

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'smoke', 'ModelPreset', 'JudgePreset', 'AttackPreset', 'Stud
 
 # %% ../nbs/A1_settings.ipynb #0870e9a9
 import base64, configparser, difflib, html, importlib, io, json, os, platform, re, shutil
-import ctypes, subprocess, sys, threading
+import ctypes, subprocess, sys, tempfile, threading
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -32,8 +32,20 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=65536)]                # of a layer: more is a slip of the pen
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+# %% ../nbs/A1_settings.ipynb #ffb96276
+class Preset(BaseModel, extra='forbid', frozen=True):
+    "Values of a section. They do not change, and a copy with others is checked as they were."
+    def model_copy(self, *, update=None, deep=False):
+        "The preset with the values of the dict `update`; raises `SettingsError`."
+        kind = type(self)
+        try:
+            made = kind(**self.model_dump(exclude_unset=True) | (update or {}))
+        except ValidationError as e:
+            raise SettingsError(complaint(e, {None: kind.__name__}, 'copy of', kind)) from None
+        return within_limits(made)
+
 # %% ../nbs/A1_settings.ipynb #9be82a44
-class ModelPreset(BaseModel, extra='forbid', frozen=True):
+class ModelPreset(Preset):
     """What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps`
     in optimiser steps, `size` in pixels; each of the `categoricals` has `n_c` classes."""
     data: str
@@ -61,7 +73,7 @@ class ModelPreset(BaseModel, extra='forbid', frozen=True):
     code: Literal['concrete', 'fsq'] = 'concrete'
 
 # %% ../nbs/A1_settings.ipynb #a45bdefe
-class JudgePreset(BaseModel, extra='forbid', frozen=True):
+class JudgePreset(Preset):
     "A classifier to train; a section `[judge.name]`."
     data: str
     network: Literal['lenet', 'wide', 'strided', 'residual']
@@ -84,7 +96,7 @@ def in_grey_values(attack):
     return attack
 
 # %% ../nbs/A1_settings.ipynb #5ab9978a
-class AttackPreset(BaseModel, extra='forbid', frozen=True):
+class AttackPreset(Preset):
     """An attack; a section `[attack.name]`. `eps`, `noise` in grey values (`eps` of an L2 ball: a
     norm), `step` as a share of `eps`, `stop` in units of the objective, `soften` a temperature that
     falls to 1 with `anneal`; `forced`, `select`: chapter 15; `pairs` per class pair."""
@@ -118,7 +130,7 @@ class AttackPreset(BaseModel, extra='forbid', frozen=True):
 # %% ../nbs/A1_settings.ipynb #062c7532
 Correlation = Annotated[float, Field(gt=0, lt=1)]
 
-class DefencePreset(BaseModel, extra='forbid', frozen=True):
+class DefencePreset(Preset):
     """What defends the model `[data.model]`, trained for a length `train`; a section
     `[defence.name]`. It is trained on, `tuning` steps of an `objective` with its constants; with
     `eta` each code walks by (30.2), attackers average over `draws`, and verdicts are of `looks`."""
@@ -345,6 +357,13 @@ def preset(name, /, *overlays, file=None, **overrides):
     except SettingsError as e:
         raise SettingsError(f'{file.name} [{name}]: {e}') from None
 
+# %% ../nbs/A1_settings.ipynb #407a7062
+def named(p):
+    "A preset as it is, or the one of the name `p`; `SettingsError` for anything else."
+    if isinstance(p, BaseModel): return p
+    if isinstance(p, str): return preset(p)
+    raise SettingsError(f'A preset is wanted, or its name, such as attack.strong, and not {p!r:.60}.')
+
 # %% ../nbs/A1_settings.ipynb #1e6b1ad7
 def root():
     """The checkout's top folder if the package runs from one, else the current folder;
@@ -391,6 +410,13 @@ def disk(path, size=0):
         raise DiskError(f'{path} cannot be written ({e.strerror or e}): it needs {size:,} bytes, '
                         f'and {room:,} are free there. '
                         'Make room, or choose a folder that can be written to.') from e
+
+# %% ../nbs/A1_settings.ipynb #6232d007
+def writable(folder):
+    "`DiskError`, before anything is computed, if no file can be written where a folder will be."
+    above = (Path(folder).absolute(), *Path(folder).absolute().parents)
+    with disk(folder):
+        tempfile.TemporaryFile(dir=next(p for p in above if p.exists())).close()
 
 # %% ../nbs/A1_settings.ipynb #d15c0021
 def running_on_windows(pid):

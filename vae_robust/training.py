@@ -28,7 +28,8 @@ from .concrete import Rounded, code_entropy, on_levels
 from .data import as_images, determined, digest, is_set, load, pixels
 from .joint_vae import joint_vae
 from .settings import ModelPreset, SettingsError, TableError, commit, keep_memory
-from .settings import preset, read_table, root, save_csv, within_limits, write
+from .settings import named, near, preset, read_table, root, save_csv, within_limits
+from .settings import writable, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
 from .vae import VAE, elbo, evaluating, kl
 
@@ -143,6 +144,8 @@ def replacing(folder, names):
 # %% ../nbs/10_training.ipynb #2d7f6a50
 def read_weights(path):
     "The (tensors, settings) of a weights file; raises `TrainingError` if it is missing or damaged."
+    if not Path(path).is_file():
+        raise TrainingError(f'There is no file of weights {path}.')
     try:
         with safe_open(checked(path), 'pt') as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -544,6 +547,7 @@ def prolonged(path, settings):
 def start_from(path, model, settings, data, optimiser, *, seed):
     """Leave a checkpoint with `settings` beside the finished weights `path`, if those are there, from
     which `fit` goes on with a new `optimiser`, unless there is one. `data`: their `digest`."""
+    writable(path.parent)
     at = path.parent/'checkpoint.pt'
     if not path.exists() or at.exists(): return
     load_weights(path, model)
@@ -567,12 +571,12 @@ def finished(path, model, settings, extend=False):
 # %% ../nbs/10_training.ipynb #09826752
 def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='cpu', *,
           extend=False) -> VAE:
-    """The `VAE` of a `ModelPreset` with `seed`, trained on one thread or on another torch
-    `device`, in `forward_dtype`, or loaded if `folder` holds it finished; goes on where a killed
-    run was, or with `extend` where a finished one with fewer steps was. Leaves weights.safetensors,
-    curves.csv and run.json there. `data`: images, else the preset's training set. Returned on the
-    CPU. Raises what `build`, `usable`, `load_weights` and `fit` raise."""
-    began, path = time.time(), Path(folder)/'weights.safetensors'
+    """The `VAE` of a `ModelPreset` or its name, with `seed`, trained on one thread or on another
+    torch `device`, in `forward_dtype`, or loaded if `folder` holds it finished; goes on where a
+    killed run was, or with `extend` where a finished one with fewer steps was. Leaves
+    weights.safetensors, curves.csv and run.json there. `data`: images, else the preset's training
+    set. Returned on the CPU. Raises what `build`, `usable`, `load_weights` and `fit` raise."""
+    preset, began, path = named(preset), time.time(), Path(folder)/'weights.safetensors'
     model = build(preset, seed=seed).to(usable(device))
     data = None if data is None else trainable(model, data)
     settings = identity(preset, seed, own_images(preset, data))
@@ -653,10 +657,12 @@ def shipped(name, seed=0, source=WEIGHTS, settings=None):
     """Path of the shipped weights `name` with `seed`, whose hash has been compared; raises
     `TrainingError` if there are none, if they are damaged, or if they were trained with other
     `settings` (if given)."""
-    file, known = f'{name}/seed{seed}.safetensors', hashes(source)
+    name, known = name.replace('.', '/'), hashes(source)
+    file, kinds = f'{name}/seed{seed}.safetensors', sorted({f.rpartition('/')[0] for f in known})
     if file not in known:
-        raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; '
-                            f'there are {", ".join(sorted(known)) or "none"}.')
+        seeds = sorted(int(f[len(name) + 5:-12]) for f in known if f.startswith(f'{name}/seed'))
+        others = f'there are seeds {", ".join(map(str, seeds))}.' if seeds else near(name, kinds)
+        raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; {others}')
     path = Path(source)/file
     if not path.exists() or sha256(path.read_bytes()).hexdigest() != known[file]:
         raise TrainingError(f'{path} is missing or damaged: its hash is not the one in SHA256SUMS; '
@@ -671,6 +677,7 @@ def pretrained(name, seed=0, source=WEIGHTS) -> VAE:
     """The shipped `VAE` of a model such as 'mnist/disentangled', trained with `seed`, in eval
     mode. Raises `TrainingError` if there is none, if its file is damaged, or if the preset in
     settings.ini is no longer the one it was trained with."""
+    shipped(name, seed, source)  # a name that there is not resembles one of these
     p = preset(name.replace('/', '.'))
     path = shipped(name, seed, source, identity(p, seed))
     return load_weights(path, build(p.model_copy(update={'objective': 'elbo'}), seed=seed)).eval()

@@ -20,7 +20,7 @@ from torch.optim import Adam
 from .data import as_images, digest, pixels
 from .judges import judge_loss
 from .objectives import AttackError, unwrapped
-from .settings import ModelPreset, write
+from .settings import ModelPreset, named, write
 from .training import (TrainingError, build, fit, identity, load_weights, one_thread,
                                  own_images, packed, read_weights, replacing, save_weights)
 from .vae import VAE, Posterior, evaluating, reached
@@ -65,6 +65,13 @@ def of_distribution(answer):
         return [OneHotCategorical(logits=answer.logits, validate_args=False)]
     return [answer] if isinstance(answer, (Normal, OneHotCategorical)) else None
 
+# %% ../nbs/29_yours.ipynb #71b7682b
+def spread(std):
+    "Standard deviations as they are; `ModelError` if one is below 0."
+    if not (std < 0).any(): return std
+    raise ModelError('a standard deviation is below 0, as the logarithm of a variance may be: call it '
+                     'log_var')
+
 # %% ../nbs/29_yours.ipynb #6d46713f
 def of_names(answer):
     "An object or a dict with a mean and a spread under a known name, or features."
@@ -73,7 +80,7 @@ def of_names(answer):
     if inner is not None: return read(inner)
     mean, log_var, std = (part(answer, names) for names in (MEAN, LOG_VAR, STD))
     if mean is not None and log_var is not None: return [gaussian(mean, (log_var/2).exp())]
-    if mean is not None and std is not None: return [gaussian(mean, std)]
+    if mean is not None and std is not None: return [gaussian(mean, spread(std))]
     features = part(answer, FEATURES)
     others = {k for k, v in vars_of(answer).items() if isinstance(v, Tensor)} - {*FEATURES}
     return None if features is None or others else [Point(features)]
@@ -583,6 +590,11 @@ def preset_of(path):
     "The `ModelPreset` of the model in a folder or a file of weights."
     return recorded(path, read_weights(weights_in(path))[1])[0]
 
+# %% ../nbs/29_yours.ipynb #5257e45a
+def alike(one, other):
+    "Whether two dicts of tensors have the same names and shapes."
+    return {k: t.shape for k, t in one.items()} == {k: t.shape for k, t in other.items()}
+
 # %% ../nbs/29_yours.ipynb #97f12e8c
 def load_model(path):
     """The `VAE` in a folder that `train` or `save_model` left, or in a file of weights, in eval
@@ -592,7 +604,7 @@ def load_model(path):
     p, facts = recorded(path, settings)
     model = build(p.model_copy(update={'objective': 'elbo'}), seed=facts.get('seed', 0))
     kept = {k: t for k, t in tensors.items() if not k.startswith('discriminator')}
-    if {k: t.shape for k, t in kept.items()} != {k: t.shape for k, t in model.state_dict().items()}:
+    if not alike(kept, model.state_dict()):
         raise TrainingError(f'{path} does not fit the networks that its settings ask for.')
     model.load_state_dict(kept)
     return model.eval()
@@ -642,8 +654,12 @@ def save_model(model, folder, preset, seed=0, data=None, **metrics):
     """Write a `VAE` of a `ModelPreset`, trained with `seed`, to a folder from which `load_model`
     reads it: weights, run.json and a model card, README.md. `data`: the images that it was trained
     on, of which the card has the fingerprint; `metrics`: numbers about it, by name. Returns the
-    folder."""
-    folder = Path(folder).expanduser()
+    folder. TrainingError if the model is none of the preset's."""
+    folder, preset = Path(folder).expanduser(), named(preset)
+    networks = build(preset.model_copy(update={'objective': 'elbo'})).state_dict()
+    if not isinstance(model, VAE) or not alike(model.state_dict(), networks):
+        raise TrainingError(f'This {type(model).__name__} has other networks than its preset asks '
+                            'for: give the preset that it was trained with.')
     images = own_images(preset, None if data is None else as_images(data))
     preset = portable(preset)
     settings = identity(preset, seed, images)
