@@ -18,6 +18,11 @@ def vae_robust(*args, _program='root', **env):
                           text=True, env=os.environ | env, timeout=300)
 
 
+def test_a_settings_file_that_is_not_there_is_named():
+    done = vae_robust('list', VAE_ROBUST_SETTINGS='/nope')
+    assert done.returncode and 'set VAE_ROBUST_SETTINGS or restore' in done.stderr
+
+
 def test_help_is_worth_reading_and_quick():
     began = time.time()
     done = vae_robust('--help')
@@ -56,6 +61,8 @@ def test_train_attack_and_resume(tmp_path):
     (('train', 'digits.entangled', '--set', 'name=x'), 'name: unknown key'),
     (('study', 'job.main'), 'of kind job; here one of kind study or dose'),
     (('study', 'study.smoke', '--jobs', '0'), '--jobs 0'),
+    (('study', 'study.smoke', '--dry-run', '--jobs', '-5'), '--jobs -5'),
+    (('study', 'study.smoke', '--dry-run', '--backend', 'rya'), 'there are local and ray'),
     (('reproduce', '--job', 'study.primary'), 'of kind study; here one of kind job'),
     (('reproduce', '--everything', '--folder', 'elsewhere'), 'leave --folder and --runs out'),
     (('attack', 'digits.entangled', '--length', 'train.smoke'),
@@ -65,7 +72,7 @@ def test_train_attack_and_resume(tmp_path):
      'No weights are shipped for mnist.entangled with seed 99'),
     (('attack', 'faces.entangled', '--judge', 'judge.faces', '--length', 'train.smoke'),
      'judges see grey images; for faces there is vae_robust.experiments.faces.report_faces'),
-    (('study', 'study.smoke', '--backend', 'dask'), "There is no backend 'dask'"),
+    (('study', 'study.smoke', '--backend', 'dask'), '--backend dask: there are local and ray'),
     (('attack', 'mnist.disentangled', 'strong'), 'attack.strong, not strong.'),
     (('train', 'digits.entangled', '--length', 'quick'), 'train.quick, not quick.'),
     (('train', 'digits.entangled', '--length', 'attack.strong'), 'here one of kind train is'),

@@ -160,8 +160,9 @@ def list_(what: What = 'models'):
         return
     if what not in LISTED:
         raise SettingsError(f'There is no list of {what}, but of {", ".join(LISTED)} and data.')
+    names = sections(*LISTED[what])
     said = remarks()
-    for name in sections(*LISTED[what]):
+    for name in names:
         print(f'{name:24} {said.get(name, "")}'.rstrip())
 
 # %% ../nbs/A7_cli.ipynb #bc053410
@@ -343,9 +344,11 @@ def forecast(name, untrained, sides, runs):
 
 # %% ../nbs/A7_cli.ipynb #cdc9cca4
 def pool_of(backend, jobs):
-    "The options of a sweep by `jobs` processes; `SettingsError` for none."
-    if jobs == 0:
-        raise SettingsError('--jobs 0: at least one process is needed, or -1 for one per core.')
+    "The options of a sweep by `jobs` processes; `SettingsError` for none, or for no backend."
+    if jobs == 0 or jobs < -1:
+        raise SettingsError(f'--jobs {jobs}: at least one process is needed, or -1 for one per core.')
+    if backend not in ('local', 'ray'):
+        raise SettingsError(f'--backend {backend}: there are local and ray.')
     return {'backend': backend} | ({'jobs': jobs} if backend == 'local' else {})
 
 # %% ../nbs/A7_cli.ipynb #eeb47f2e
