@@ -154,11 +154,12 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     rate = lambda **change: rate_in(trials(preset.model_copy(update=change)))
     own = rate()
     if math.isnan(own): return [NOTHING_RECOGNISED]
-    rules += [stochastic(model, judge, run.x[:8]), without_slope(run.found),
-              left_the_ball(run.found.x, run.x, preset),
-              not_converged(own, rate(steps=2*preset.steps)),
+    flat, short = without_slope(run.found), not_converged(own, rate(steps=2*preset.steps))
+    rules += [stochastic(model, judge, run.x[:8]), flat,
+              left_the_ball(run.found.x, run.x, preset), short,
               not_monotone(radii, [rate(eps=e) for e in radii]),
               no_better_than_noise(own, rate(steps=0, noise=1.)),
-              blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps)),
-              masked_by_code(model, preset, run.x[:1], trials)]
+              blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps))]
+    if not (flat or short):  # else it fails for a simpler reason
+        rules.append(masked_by_code(model, preset, run.x[:1], trials))
     return [r for r in rules if r]
