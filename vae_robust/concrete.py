@@ -145,7 +145,8 @@ class Line(nn.Module):
         self.n, self.K, self.norm = n, K, nn.BatchNorm1d(G, affine=False)
     def forward(self, h):
         h = single(h)  # with half the bits, borders would be elsewhere
-        return torch.cat([h[:, :self.n], level_logits(self.norm(h[:, self.n:]), self.K).flatten(1)], 1)
+        scalars = self.norm.to(h.dtype)(h[:, self.n:])
+        return torch.cat([h[:, :self.n], level_logits(scalars, self.K).flatten(1)], 1)
 
 # %% ../nbs/05_concrete.ipynb #067d1a53
 class Numbers(nn.Module):
