@@ -4,9 +4,9 @@ import pytest, torch
 from torch import nn
 
 from vae_robust import adapt, attack, diagnose, evaluate, preset
-from vae_robust.data import ImageData
+from vae_robust.data import ImageData, load
 from vae_robust.objectives import AttackError
-from vae_robust.judges import JudgeError
+from vae_robust.judges import JudgeError, pretrained_judge
 from vae_robust import cli
 from vae_robust.settings import DiskError, SettingsError
 from vae_robust.training import TrainingError, pretrained, train
@@ -83,7 +83,9 @@ def test_a_name_is_as_good_as_its_preset():
     f, name = lambda x: auto().encode(x), 'attack.fgsm'
     one, two = (attack(f, X[:2], X[2:4], p, progress=False).x for p in (name, preset(name)))
     assert torch.equal(one, two)
-    for wrong, words in (('attack.strnog', 'attack.strong'), (.1, 'A preset is wanted')):
+    for wrong, words in (('attack.strnog', 'attack.strong'),
+                         (.1, 'class AttackPreset, or its name'),
+                         ('mnist.entangled', 'class AttackPreset, or its name')):
         with pytest.raises(SettingsError, match=words):
             attack(f, X[:2], X[2:4], wrong, progress=False)
 
@@ -170,3 +172,13 @@ def test_weights_that_there_are_not_are_said_before_a_judge_is_trained(tmp_path)
         cli.chosen('digits.entangled', 'judge.smoke', preset('attack.strong'), 'shipped', 0,
                    attack='attack.strong', runs=tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['l2', 'thesis', 'lbfgs', 'none', 'fgsm', 'damage'])
+def test_every_kind_of_attack_can_be_diagnosed(name):
+    "Squares know no ball but linf, and a model that samples keeps other pairs each time."
+    digits = load('digits', 'test')
+    test = ImageData(*(a[digits.y < 3] for a in digits))
+    few = preset(f'attack.{name}', pairs=1, steps=0 if name == 'none' else 2)
+    said = diagnose(pretrained('mnist/disentangled'), pretrained_judge('judge/residual'), few, test)
+    assert all(isinstance(s, str) for s in said)

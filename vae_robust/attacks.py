@@ -335,7 +335,7 @@ def attack(model, x, x_t, preset, batch=256, seed=0, desc='attack', progress=Tru
     a `Posterior`. `judge`: images (or features) to scores (B, K), where needed. `eps`, `lam`: a
     number or one per image, (B,), not the preset's. `make`: your own kind of `OBJECTIVES`. `trace`:
     keep all values (with the pixel norm), NaN after a stop. Raises `AttackError`."""
-    preset, (x, x_t) = named(preset), as_pairs(x, x_t)
+    preset, (x, x_t) = named(preset, AttackPreset), as_pairs(x, x_t)
     model, judge, eps = unwrapped(model), unwrapped(judge), as_radii(preset, eps, x)
     check_models(model, judge, make)
     check_parts(preset, model, make)

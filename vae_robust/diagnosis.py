@@ -11,8 +11,8 @@ from functools import cache, partial
 from .discrete import has_code
 from .data import pixels
 from .optimisers import BALLS
-from .robustness import attacked, check_judges, counts, kept, labelled, rows_of, trial
-from .settings import named, preset as preset_of
+from .robustness import attacked, check_judges, counts, labelled, rows_of, together, trial
+from .settings import AttackPreset, named, preset as preset_of
 from .statistics import beats, mean_rate
 from .vae import reached
 import torch
@@ -82,6 +82,8 @@ def no_better_than_noise(rate, noise, by=2.):
             'the gradient is of no use.')
 
 # %% ../nbs/22_diagnosis.ipynb #1d562994
+SQUARES = dict(optimiser='square', step=.3)  # which know the ball linf, and no other
+
 def blind_is_better(rate, blind, by=1.):
     """Random search that beats the gradient by more than `by` points says that the gradient
     misleads."""
@@ -111,9 +113,9 @@ def knowing(preset, K):
     return preset.model_copy(update=keys)
 
 # %% ../nbs/22_diagnosis.ipynb #c3a90d51
-def missed_in(rows):
-    "Which of the pairs that count are missed in a `trial` of one judge: boolean (N,)."
-    return (rows.judge_after != rows.source)[kept(rows, 'judge')].to_numpy()
+def missed_in(rows, those):
+    "Which pairs, of `those` (P,), are missed in a `trial` of one judge: boolean (N,)."
+    return (rows.judge_after != rows.source)[those].to_numpy()
 
 def rate_in(rows):
     "`mean_rate` of a `trial` of one judge, in percent."
@@ -131,9 +133,11 @@ def masked_by_code(model, preset, x, trials):
     nothing, if it has no categorical. `trials`: as `trials_of` it."""
     if not has_code(model, x): return ''
     knows = knowing(preset, model.posterior(x).c.logits.shape[-1])
-    same = {key: getattr(preset, key) for key in ('eps', 'pairs', 'steps', 'restarts')}
-    latent = preset_of('attack.latent_code', **same)
-    return hidden_by_code(*(missed_in(trials(p)) for p in (preset, knows, latent)))
+    same = ('ball', 'eps', 'pairs', 'steps', 'restarts')
+    latent = preset_of('attack.latent_code', **{key: getattr(preset, key) for key in same})
+    rows = [trials(p) for p in (preset, knows, latent)]
+    those = together(rows, 'judge')  # a model that samples keeps others each time
+    return hidden_by_code(*(missed_in(r, those) for r in rows))
 
 # %% ../nbs/22_diagnosis.ipynb #d8be38be
 NOTHING_RECOGNISED = ('The judge recognises the reconstruction of no source, so there is nothing to lose: '
@@ -143,7 +147,7 @@ NOTHING_RECOGNISED = ('The judge recognises the reconstruction of no source, so 
 def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     """What looks wrong with an `AttackPreset` on `model`: a list of sentences, empty if nothing
     does. `radii`: of the monotonicity check."""
-    preset, test, radii = named(preset), labelled(test), sorted(radii)
+    preset, test, radii = named(preset, AttackPreset), labelled(test), sorted(radii)
     rules = [in_training_mode(model, judge)]
     if rules[0]: return rules  # nothing else means anything then
     check_judges(model, {'judge': judge}, test)
@@ -154,12 +158,13 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
     rate = lambda **change: rate_in(trials(preset.model_copy(update=change)))
     own = rate()
     if math.isnan(own): return [NOTHING_RECOGNISED]
+    boxed = preset.ball == 'linf'
     flat, short = without_slope(run.found), not_converged(own, rate(steps=2*preset.steps))
     rules += [stochastic(model, judge, run.x[:8]), flat,
               left_the_ball(run.found.x, run.x, preset), short,
               not_monotone(radii, [rate(eps=e) for e in radii]),
               no_better_than_noise(own, rate(steps=0, noise=1.)),
-              blind_is_better(own, rate(optimiser='square', step=.3, steps=10*preset.steps))]
+              blind_is_better(own, rate(**SQUARES, steps=10*preset.steps) if boxed else own)]
     if not (flat or short):  # else it fails for a simpler reason
         rules.append(masked_by_code(model, preset, run.x[:1], trials))
     return [r for r in rules if r]

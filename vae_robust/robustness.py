@@ -20,7 +20,7 @@ from .data import Batch, Codes, ImageData, Images, PerImage, as_images, pixels
 from .judges import JudgeError, judged, scores
 from .objectives import AttackError, features, for_judges_of_images, norm
 from .optimisers import BALLS, without_subnormals
-from .settings import named
+from .settings import AttackPreset, named
 from .statistics import mean_rate, wilson
 from .training import keep_memory, one_thread
 from .vae import evaluating
@@ -114,7 +114,7 @@ def attacked(model, judge, preset, test, seed=0, desc='attack', progress=True,
              index=None) -> Pairs:
     """`Pairs`: an `AttackPreset` on `model` over `preset.pairs` pairs for each two classes of
     `test`, or those of `index`, (P, 2). `judge`: for an objective that needs one."""
-    preset, test = named(preset), labelled(test)
+    preset, test = named(preset, AttackPreset), labelled(test)
     if len(test.x) != len(test.y):
         raise ValueError(f'{len(test.x)} images and {len(test.y)} labels: each image needs one.')
     index = pairs(test.y, preset.pairs, seed) if index is None else index
@@ -157,7 +157,7 @@ def trial(model, judges, preset, test, seed=0, desc='attack', progress=True) -> 
     in `test`), objective_before, objective_after, l2, linf (distances that the image moved) and
     for each name in `judges` name_before and name_after, the class of the reconstruction. An
     objective that needs a judge gets the first."""
-    preset, test = named(preset), labelled(test)
+    preset, test = named(preset, AttackPreset), labelled(test)
     for_judges_of_images(preset)
     check_judges(model, judges, test)
     portions = pairs(test.y, preset.pairs, seed).split(PORTION)

@@ -358,11 +358,12 @@ def preset(name, /, *overlays, file=None, **overrides):
         raise SettingsError(f'{file.name} [{name}]: {e}') from None
 
 # %% ../nbs/A1_settings.ipynb #407a7062
-def named(p):
-    "A preset as it is, or the one of the name `p`; `SettingsError` for anything else."
-    if isinstance(p, BaseModel): return p
-    if isinstance(p, str): return preset(p)
-    raise SettingsError(f'A preset is wanted, or its name, such as attack.strong, and not {p!r:.60}.')
+def named(p, kind):
+    "A preset of the class `kind` as it is, or the one of the name `p`; else `SettingsError`."
+    found = preset(p) if isinstance(p, str) else p
+    if isinstance(found, kind): return found
+    raise SettingsError(f'Wanted is a preset of the class {kind.__name__}, or its name, and not '
+                        f'{p!r:.60}.')
 
 # %% ../nbs/A1_settings.ipynb #1e6b1ad7
 def root():

@@ -576,8 +576,8 @@ def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='
     killed run was, or with `extend` where a finished one with fewer steps was. Leaves
     weights.safetensors, curves.csv and run.json there. `data`: images, else the preset's training
     set. Returned on the CPU. Raises what `build`, `usable`, `load_weights` and `fit` raise."""
-    preset, began, path = named(preset), time.time(), Path(folder)/'weights.safetensors'
-    model = build(preset, seed=seed).to(usable(device))
+    began, path = time.time(), Path(folder)/'weights.safetensors'
+    model = build(preset := named(preset, ModelPreset), seed=seed).to(usable(device))
     data = None if data is None else trainable(model, data)
     settings = identity(preset, seed, own_images(preset, data))
     settings = prolonged(path, settings) if extend else settings

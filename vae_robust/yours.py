@@ -655,7 +655,7 @@ def save_model(model, folder, preset, seed=0, data=None, **metrics):
     reads it: weights, run.json and a model card, README.md. `data`: the images that it was trained
     on, of which the card has the fingerprint; `metrics`: numbers about it, by name. Returns the
     folder. TrainingError if the model is none of the preset's."""
-    folder, preset = Path(folder).expanduser(), named(preset)
+    folder, preset = Path(folder).expanduser(), named(preset, ModelPreset)
     networks = build(preset.model_copy(update={'objective': 'elbo'})).state_dict()
     if not isinstance(model, VAE) or not alike(model.state_dict(), networks):
         raise TrainingError(f'This {type(model).__name__} has other networks than its preset asks '
