@@ -28,7 +28,7 @@ from vae_robust.yours import adapt
 from test_cli import invoked
 
 SMOKE = preset('board.smoke')
-NONE, WALK = preset('defence.none'), preset('defence.one_step')
+NONE, WALK = preset('defence.none'), preset('defence.one_step', data='digits')
 PRICED = {'nats': 1., 'error': 2., 'seconds': 3.}
 
 
@@ -105,7 +105,7 @@ def test_a_walk_of_no_steps_has_the_numbers_of_the_model_itself(judge, test):
     model, index = pretrained('mnist/entangled'), pairs(test.y, 1)[::4]
     attacks = {a: preset(f'attack.{a}', steps=3, restarts=1)
                for a in ('strong', 'output_code', 'judge_untargeted_code', 'judge_square')}
-    walk = lambda n: preset('defence.langevin', walk=n)
+    walk = lambda n: preset('defence.langevin', data='digits', walk=n)
     none, still, walks = (measured(p, model, [judge, judge], attacks, test, index)
                           for p in (NONE, walk(0), walk(2)))
     bare, zero, two = ({k: v for k, v in summary(rows).items() if k != 'seconds'}

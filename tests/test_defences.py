@@ -10,7 +10,7 @@ from vae_robust.attacks import attack
 from vae_robust.data import load, pixels
 from vae_robust.defences import (Corrected, averaged, borders, bounds, boxed, certified_radius,
                                  coupled_kl, coupled_kl_c, farthest, heights, is_certified,
-                                 overshoot, rounded, smooth, steady)
+                                 overshoot, rounded, smooth, steady, step_sizes)
 from vae_robust.objectives import AttackError, squared
 from vae_robust.settings import preset
 from vae_robust.training import build, fit, pretrained
@@ -77,6 +77,21 @@ def test_the_spread_after_one_step_is_that_of_its_noise(linear, heat):
     torch.manual_seed(0)
     spread = Corrected(linear, 1, .02, heat).posterior(x).z.mean.std(0)
     assert (spread/(heat*math.sqrt(2*.02)) - 1).abs().max() < 5/math.sqrt(2*4000)
+
+
+def test_each_latent_takes_its_own_steps(linear):
+    x, eta = torch.rand(4, 1, 4, 4, dtype=torch.double), torch.tensor([.05, 0.], dtype=torch.double)
+    before = linear.posterior(x).z.mean
+    after = Corrected(linear, 3, eta, seed=0).posterior(x).z.mean
+    assert torch.equal(after[:, 1], before[:, 1]) and (after[:, 0] != before[:, 0]).all()
+    torch.testing.assert_close(Corrected(linear, 3, [.05, 0.], seed=0).posterior(x).z.mean, after)
+
+
+def test_step_sizes_are_a_share_of_the_mean_variance_and_do_not_depend_on_the_image_in_hand():
+    model, x = pretrained('mnist/entangled'), pixels(load('digits', size=32).x[:50])
+    found = step_sizes(model, x, .1)
+    torch.testing.assert_close(found, model.posterior(x).z.scale.square().sum(0)/500)
+    assert found.shape == (model.n_z,) and not found.requires_grad
 
 
 def test_a_seed_gives_every_image_the_same_noise_whatever_its_batch(linear):

@@ -281,6 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vae_robust.defences.slope': ('defences.html#slope', 'vae_robust/defences.py'),
                                      'vae_robust.defences.smooth': ('defences.html#smooth', 'vae_robust/defences.py'),
                                      'vae_robust.defences.steady': ('defences.html#steady', 'vae_robust/defences.py'),
+                                     'vae_robust.defences.step_sizes': ('defences.html#step_sizes', 'vae_robust/defences.py'),
                                      'vae_robust.defences.widened': ('defences.html#widened', 'vae_robust/defences.py')},
             'vae_robust.diagnosis': { 'vae_robust.diagnosis.blind_is_better': ('diagnosis.html#blind_is_better', 'vae_robust/diagnosis.py'),
                                       'vae_robust.diagnosis.diagnose': ('diagnosis.html#diagnose', 'vae_robust/diagnosis.py'),

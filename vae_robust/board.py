@@ -21,6 +21,7 @@ from .attacks import attack
 from .concrete import Rounded, code_entropy
 from .data import load, pixels
 from .defences import Corrected, averaged, boxed, is_certified, smooth, steady
+from .defences import step_sizes
 from .experiments.confirm import class_rates, is_lost
 from .judges import judged
 from .objectives import OBJECTIVES, squared
@@ -82,8 +83,11 @@ def makers(runs):
 
 # %% ../nbs/31_board.ipynb #46a8963a
 def deployed(p, model):
-    "A `model` as it answers: `Corrected` with fresh noise if a `DefencePreset` has an `eta`."
-    return Corrected(model, p.walk, p.eta, p.heat) if p.eta else model
+    """A `model` as it answers: `Corrected` with fresh noise if a `DefencePreset` has an `eta`, the
+    share of the variances of 1,000 training images in its `step_sizes`."""
+    if not p.eta: return model
+    x = pixels(load(p.data, size=model.shape[-1]).x[:1000])
+    return Corrected(model, p.walk, step_sizes(model, x, p.eta), p.heat)
 
 # %% ../nbs/31_board.ipynb #ac28b76c
 def seen_by(model, judges, x, draws=1, seed=1):
