@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from vae_robust import board
 from vae_robust.board import (attempts, before, board_cells, board_of, defended_of, deployed,
                               makers, measured, nats_of, over_noise, publish_board, seen_by,
-                              share, sort_of, summary, tried, tuned)
+                              share, sort_of, summary, tuned)
 from vae_robust.cli import app
 from vae_robust.data import ImageData, load, pixels
 from vae_robust.defences import Corrected, boxed
@@ -168,16 +168,17 @@ def test_random_squares_find_what_a_model_without_a_slope_hides(judge, test):
 
 # ------------------------------------------------------------------ who tries what
 def test_the_suite_sees_the_bare_model_and_who_knows_sees_what_is_deployed(monkeypatch):
-    seen = {}
+    seen = []
     def attack(model, x, x_t, a, make, **_):
-        seen[column] = type(model), x_t is None
+        seen.append((type(model), x_t is None))
         return type('Found', (), {'x': x})
     monkeypatch.setattr(board, 'attack', attack)
     attacks = {a: preset(f'attack.{a}') for a in ('strong', 'damage_code', 'judge_square')}
-    model, x = pretrained('mnist/entangled'), torch.rand(2, 1, 32, 32)
-    for column, a, make in attempts(WALK, attacks):
-        tried(WALK, model, column, a, make, x, x, None)
-    assert seen == {'suite.strong': (type(model), False)} | {
+    model, judge = pretrained('mnist/entangled'), pretrained_judge('judge/wide')
+    test = load('digits', 'test')
+    measured(WALK, model, [judge, judge], attacks, test, pairs(test.y, 1)[:2])
+    assert dict(zip([c for c, *_ in attempts(WALK, attacks)], seen)) == {
+        'suite.strong': (type(model), False)} | {
         f'{c}.{w}': (Corrected, True) for c in ('knows.damage_code', 'free.judge_square')
         for w in ('fixed', 'fresh')}
     assert [c for c, *_ in attempts(NONE, attacks)] == ['suite.strong', 'knows.damage_code',

@@ -133,13 +133,13 @@ def attempts(p, attacks):
             yield f'{sort}.{name}{way}', a, of
 
 # %% ../nbs/31_board.ipynb #b763dd0f
-def tried(p, model, column, a, make, x, x_t, judge):
-    "The images that one of the `attempts` makes of sources x with targets x_t, (B, ...)."
-    sees = model if column.startswith('suite') else deployed(p, model)
+def tried(f, a, make, x, x_t, judge):
+    """The images that an `AttackPreset` a with an entry `make` of `OBJECTIVES` makes of sources x
+    with targets x_t, (B, ...), for a model f."""
     aim = None if a.goal == 'away' else x_t
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return attack(sees, x, aim, a, judge=judge, make=make, progress=False).x
+        return attack(f, x, aim, a, judge=judge, make=make, progress=False).x
 
 # %% ../nbs/31_board.ipynb #503ed15c
 def certified(model, x, eps):
@@ -158,12 +158,13 @@ def nats_of(model, x):
     return (kl_z.sum(1).mean() + said).item()
 
 # %% ../nbs/31_board.ipynb #edbd945b
-def price(p, model, x):
-    "Nats, squared error and seconds per image x (B, ...) of a model with a `DefencePreset`."
+def price(f, model, x):
+    """Nats of images x (B, ...) in the codes of a `model`, squared error and seconds per image of f,
+    which is `deployed`: a dict."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         began = time.process_time()
-        rebuilt = reconstruct(deployed(p, model), x)
+        rebuilt = reconstruct(f, x)
         seconds = (time.process_time() - began)/len(x)
     error = squared(rebuilt, x).mean().item()
     return {'nats': nats_of(model, x), 'error': error, 'seconds': seconds}
@@ -176,12 +177,14 @@ def measured(p, model, judges, attacks, test, index):
     attackers'."""
     (x, x_t), (y, target) = pixels(test.x[index]).unbind(1), test.y[index].unbind(1)
     own, *deciding = judges
-    lost = lambda xs: is_lost(seen_by(deployed(p, model), deciding, xs, p.looks), y)
+    f = deployed(p, model)
+    lost = lambda xs: is_lost(seen_by(f, deciding, xs, p.looks), y)
     rows = {'source': y, 'target': target, 'image': index[:, 0], 'kept': ~lost(x)}
     rows['certified'] = certified(model, x, max(a.eps for a in attacks.values()))
     for column, a, make in attempts(p, attacks):
-        rows[column] = lost(tried(p, model, column, a, make, x, x_t, own))
-    return pd.DataFrame(rows | price(p, model, pixels(test.x[:2000])))
+        sees = model if column.startswith('suite') else f
+        rows[column] = lost(tried(sees, a, make, x, x_t, own))
+    return pd.DataFrame(rows | price(f, model, pixels(test.x[:2000])))
 
 # %% ../nbs/31_board.ipynb #9dbecf9f
 def share(rows, mask):

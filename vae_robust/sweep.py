@@ -7,7 +7,7 @@ anywhere, in any order, and lose nothing when the power goes."""
 __all__ = ['answer', 'keep_answers', 'sweep', 'plan']
 
 # %% ../nbs/A2_sweep.ipynb #858bf018
-import json, math, os, threading, time, traceback
+import json, math, os, threading, time, traceback, warnings
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -83,7 +83,8 @@ THREADS = ('OMP', 'OPENBLAS', 'MKL', 'BLIS', 'NUMEXPR', 'NUMBA', 'VECLIB_MAXIMUM
 
 def worker():
     """A process that computes one thing at a time on one thread, and is given up after five idle
-    minutes."""
+    minutes. Joblib begins it anew when it has grown by 300 MB, and need not warn."""
+    warnings.filterwarnings('ignore', 'A worker stopped while some jobs', UserWarning)
     return ProcessPoolExecutor(1, timeout=300, initializer=end_with, initargs=(os.getpid(),),
                                env={f'{t}_NUM_THREADS': '1' for t in THREADS})
 
