@@ -35,9 +35,10 @@ def as_batch(who, a) -> Batch:
                           'of one image, a[:, None] are images of one channel.')
     if len(a) == 0:
         raise AttackError(f'There is nothing to attack: the batch of {who.lower()} is empty.')
-    nan = a.flatten(1).isnan().any(1)
-    if nan.any():
-        raise AttackError(f'{who} contain NaN: the first is image {nan.nonzero()[0].item()}.')
+    for kind, bad in {'NaN': a.isnan(), 'infinite numbers': a.isinf()}.items():
+        if bad.any():
+            i = bad.nonzero()[0, 0].item()
+            raise AttackError(f'{who} contain {kind}: the first is image {i}.')
     if a.min() < 0 or a.max() > 1:
         remedy = '(a + 1)/2 brings [-1, 1] there' if a.min() < 0 else 'divide bytes by 255'
         raise AttackError(f'{who} must lie in [0, 1], not in [{a.min():.3g}, {a.max():.3g}]: '
@@ -62,7 +63,7 @@ def per_image(name, a, x, rule, fits):
     """`a` as a number, or as one for each of images x, (B,); `AttackError`, with its `name`, if
     there are more or fewer, or if one does not fit: then the `rule` is said."""
     try:
-        a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=torch.double)
+        a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=torch.double, device='cpu')
     except (TypeError, ValueError, RuntimeError):
         raise AttackError(f'{name} must be a number, or several, not {a!r}.') from None
     if a.ndim and a.shape != (len(x),):
@@ -90,7 +91,8 @@ def as_radii(preset, eps, x):
     positive = lambda a: (a > 0) & (a < math.inf)
     eps = per_image('eps', eps, x, 'positive', positive)
     try:
-        in_grey_values(preset.model_copy(update={'eps': float(torch.as_tensor(eps).max())}))
+        largest = eps.max().item() if isinstance(eps, Tensor) else eps
+        in_grey_values(preset.model_copy(update={'eps': largest}))
     except ValueError as e:
         raise AttackError(f'{e}.') from None
     return eps
@@ -121,6 +123,9 @@ PARTS = {'l_vae': 'log_likelihood', 'code': 'encode'}  # objective: what it asks
 def check_parts(preset, model, make=None):
     "Raise `AttackError` if a `model` lacks what the objective of an `AttackPreset` asks of it."
     part = None if make else PARTS.get(preset.objective)
+    if part == 'encode' and getattr(model, 'n_c', 1) == 0:
+        raise AttackError(f'objective = code needs a code, and {type(model).__name__} has no '
+                          'categorical: take another objective.')
     if part and not hasattr(model, part):
         raise AttackError(f'objective = {preset.objective} needs a model with .{part}, and '
                           f'{type(model).__name__} has none: take another objective.')
@@ -163,7 +168,8 @@ def normal(x: Batch, g) -> Batch:
     """Normal numbers like x from a generator `g`, the same in any split into batches: torch draws
     sixteen at a time, so each image takes a multiple of that."""
     size = x[0].numel()
-    return torch.randn(len(x), -(-size//16)*16, generator=g)[:, :size].reshape(x.shape).to(x)
+    drawn = torch.randn(len(x), -(-size//16)*16, generator=g, dtype=torch.float32, device='cpu')
+    return drawn[:, :size].reshape(x.shape).to(x)
 
 # %% ../nbs/16_attacks.ipynb #5a3e6c0d
 def starts(x, preset, noises):
@@ -379,7 +385,7 @@ def bisect(run, criterion, fails: PerImage, holds: PerImage, halvings=8) -> tupl
 def smallest_radius(model, x, x_t, preset, criterion, halvings=8, **kw) -> Smallest:
     """`Smallest` radius up to `preset.eps` at which the attack makes `criterion(images)` hold.
     Keywords as in `attack`."""
-    x, x_t = as_pairs(x, x_t)
+    preset, (x, x_t) = named(preset, AttackPreset), as_pairs(x, x_t)
     run = lambda eps: attack(model, x, x_t, preset, eps=eps, progress=False, **kw).x
     nothing, all_of_it = x.new_zeros(len(x)), x.new_full((len(x),), preset.eps)
     xs, radius = bisect(run, criterion, nothing, all_of_it, halvings)
@@ -389,7 +395,7 @@ def smallest_radius(model, x, x_t, preset, criterion, halvings=8, **kw) -> Small
 def smallest_norm(model, x, x_t, preset, criterion, halvings=8, **kw) -> Smallest:
     """`Smallest` Euclidean norm as (13.1) finds it: by the largest `lam` <= `preset.lam` at which
     `criterion(images)` holds."""
-    x, x_t = as_pairs(x, x_t)
+    preset, (x, x_t) = named(preset, AttackPreset), as_pairs(x, x_t)
     run = lambda lam: attack(model, x, x_t, preset, lam=lam, progress=False, **kw).x
     dearest, free_of_charge = x.new_full((len(x),), preset.lam), x.new_zeros(len(x))
     xs, lam = bisect(run, criterion, dearest, free_of_charge, halvings)

@@ -23,9 +23,9 @@ from .data import load, pixels
 from .defences import Corrected, averaged, boxed, is_certified, smooth, steady
 from .defences import step_sizes
 from .experiments.confirm import class_rates, is_lost
-from .judges import judged
+from .judges import JudgeError, judged
 from .objectives import OBJECTIVES, squared
-from .robustness import pairs, reconstruct
+from .robustness import labelled, pairs, reconstruct
 from .settings import AttackPreset, SettingsError, Study, line_of, preset, root
 from .settings import save_table
 from .statistics import t_interval
@@ -175,7 +175,8 @@ def measured(p, model, judges, attacks, test, index):
     (P, 2), of `test`: a data frame with a row per pair, source, target (classes), image, kept,
     certified, whether each of the `attempts` loses it, and `price`. The first of `judges` is the
     attackers'."""
-    (x, x_t), (y, target) = pixels(test.x[index]).unbind(1), test.y[index].unbind(1)
+    if len(judges) < 2: raise JudgeError('A board has a judge for attackers, and others to decide.')
+    (x, x_t), (y, target) = pixels(labelled(test).x[index]).unbind(1), test.y[index].unbind(1)
     own, *deciding = judges
     f = deployed(p, model)
     lost = lambda xs: is_lost(seen_by(f, deciding, xs, p.looks), y)

@@ -223,15 +223,15 @@ def chosen(name, judge, a, length, seed, *, attack, runs):
 def travelled(path, judge, pictures, runs):
     """Model, judge and test set for a folder or file of weights; the judge of own `pictures` is
     trained."""
-    from vae_robust import data, judges, yours
+    from vae_robust import data, studies, yours
     model, p = yours.load_model(path), yours.preset_of(path)
     if pictures:
         of = lambda part: data.images(pictures, part, model.shape[-1], model.shape[0])
         return model, yours.own_judge(of('train'), runs/'judges'), of('test')
     if read_preset(wanted(judge, 'judge')).data != p.data:
         raise SettingsError(f'{judge} does not judge {p.data}: give another, or --data PICTURES.')
-    judge = judges.pretrained_judge(judge.replace('.', '/'))
-    return model, judge, data.load(p.data, 'test', p.size)
+    judge = studies.weights(judge, read_preset(judge), judge, 0, runs)
+    return model, studies.restore(judge, runs), data.load(p.data, 'test', p.size)
 
 # %% ../nbs/A7_cli.ipynb #6454d446
 LEGEND = """source, target: classes. kept: pairs whose source is recognised before the attack; of these are
@@ -266,6 +266,8 @@ def attack(name: argument('A model, such as mnist.disentangled, or its folder or
     from vae_robust import objectives, robustness, statistics
     a = objectives.for_judges_of_images(read_preset(wanted(attack, 'attack'), **values(set)))
     if Path(name).expanduser().exists():
+        if length != 'shipped':
+            raise SettingsError('A model in a folder is trained: leave out --length.')
         task = travelled(name, judge, data, runs)
     elif data:
         raise SettingsError('--data goes with the folder of a model that was trained on it: '
@@ -273,7 +275,7 @@ def attack(name: argument('A model, such as mnist.disentangled, or its folder or
     else:
         task = chosen(name, judge, a, length, seed, attack=attack, runs=runs)
     model, judge, test = on_device(device, *task)
-    table = robustness.rates(robustness.evaluate(model, judge, a, test, desc=f'{name}: {attack}'))
+    table = robustness.rates(robustness.evaluate(model, judge, a, test, seed, f'{name}: {attack}'))
     show_rates(table, every)
     rate, low, high = statistics.mean_rate(table.missed, table.kept)
     print(f'mean AS ignore-target {rate:.1f} % ({low:.1f} to {high:.1f})')

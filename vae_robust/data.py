@@ -996,6 +996,16 @@ def classes_in(files, top):
     return torch.tensor([number[parts[:1]] for parts in folders])
 
 
+# %% ../nbs/01_data.ipynb #f3cac9d5
+VALIDATION = 'val', 'valid', 'validation', 'dev'
+
+def without_validation(top):
+    "Raise `DataError` if the folder `top` has a part for validation, which is no class."
+    found = [p for p in VALIDATION if (top/p).is_dir()]
+    if found and (top/'train').is_dir():
+        raise DataError(f'{top} has the parts train and {found[0]}, and parts here are train and test: '
+                        f'rename {found[0]}, or give {top/"train"} alone.')
+
 # %% ../nbs/01_data.ipynb #93340990
 def from_folder(source, part, size, channels):
     """`ImageData` of a folder: its parts are the folders train and test, if it has them, else by
@@ -1003,6 +1013,7 @@ def from_folder(source, part, size, channels):
     if not isinstance(source, (str, Path)): return None
     top = Path(source).expanduser().resolve()
     if not top.is_dir(): return None
+    without_validation(top)
     if part in FILES and all((top/p).is_dir() for p in FILES):
         files = [pictures_in(top/p) for p in FILES]
         y = classes_in(sum(files, []), top).split([*map(len, files)])  # one number in both parts
@@ -1078,7 +1089,11 @@ def labels_of(y, n):
     (n, 0) for None."""
     if y is None: return torch.empty(n, 0, dtype=torch.int64)
     a = np.asarray(y)
-    if a.dtype.kind in 'UOS':
+    if a.dtype.kind == 'O':
+        a = np.array(a.tolist())  # a column of numbers, or of words, that says it is of anything
+    if a.dtype.kind == 'O' or a.dtype.kind == 'f' and np.isnan(a).any():
+        raise DataError('Some labels are missing: leave out the images without one.')
+    if a.dtype.kind in 'US':
         a = np.unique(a.astype(str), return_inverse=True)[1].reshape(a.shape)
     if len(a) != n or a.ndim > 2:
         raise DataError(f'There are {n} images and labels of the shape {a.shape}.')

@@ -18,7 +18,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 from .beta_vae import ramp
 from .concrete import level_logits, levels
-from .data import Batch, PerImage
+from .data import Batch, PerImage, as_images, pixels
 from .objectives import divergence
 from .optimisers import pgd, quick
 from .vae import Posterior, Terms, evaluating, kl
@@ -169,21 +169,23 @@ def rounded(h, K):
     return level_logits(h, K).argmax(-1)
 
 # %% ../nbs/30_defences.ipynb #ecb29313
-def is_certified(model, x: Batch, eps) -> Tensor:
-    """Whether (30.13) proves that no image within `eps`, a number or (B,), of images x, in [0, 1],
-    has another code, but for rounding, for which 1e-5 is left: boolean (B,). `model`: a `VAE` with
-    code = fsq and n_z = 0."""
+def is_certified(model, x, eps) -> Tensor:
+    """Whether (30.13) proves that no image within `eps`, a number or (B,), of images x, as in
+    `as_images`, has another code, but for rounding, for which 1e-5 is left: boolean (B,). `model`:
+    a `VAE` with code = fsq and n_z = 0."""
     exact, eps = deepcopy(model).double().eval(), torch.as_tensor(eps).double().view(-1, 1, 1, 1)
+    x = x if x.is_floating_point() else pixels(as_images(x))
     with torch.no_grad():
         low, high = heights(exact, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
     spare = 1e-5*(1 + torch.maximum(low.abs(), high.abs()))  # the model itself rounds in float32
     return (rounded(low - spare, model.n_c) == rounded(high + spare, model.n_c)).all(1)
 
 # %% ../nbs/30_defences.ipynb #8b119c52
-def certified_radius(model, x: Batch, top=.4, halvings=12) -> PerImage:
+def certified_radius(model, x, top=.4, halvings=12) -> PerImage:
     """The largest radius up to `top` at which images x (B, ...) are `is_certified`, (B,), to
     top/2**`halvings`; 0 where there is none so large."""
     low, high = torch.zeros(len(x)), torch.full((len(x),), top)
+    x = x if x.is_floating_point() else pixels(as_images(x))
     for _ in range(halvings):
         middle = (low + high)/2
         holds = is_certified(model, x, middle)

@@ -28,6 +28,9 @@ class WithCode:
         self.model = model
     def __getattr__(self, name):
         return getattr(self.model, name)
+    def __call__(self, x):
+        self.posterior(x)  # for its logits
+        return self.model(x)
     def encode(self, x):
         mu, lv, self.logits = self.model.encode(x)
         return mu, lv, self.logits

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam
 from .data import Classes, Images, as_images, load, pixels
 from .settings import SettingsError, preset
 from .training import (WEIGHTS, cosine, fit, identity, keep_memory,
-                                 leave, load_weights, one_thread, shipped)
+                                 leave, load_weights, one_thread, plain, shipped)
 from .vae import evaluating, reached
 
 # %% ../nbs/18_judges.ipynb #1521711a
@@ -108,15 +108,20 @@ def learnable(preset):
                         f'ten classes, not {kind} with labels {tuple(y.shape)}: take mnist, fashion '
                         'or digits.')
 
+# %% ../nbs/18_judges.ipynb #7770d9e9
+def blank(preset, seed):
+    "The untrained classifier of a `JudgePreset`: its weights depend on `seed` alone."
+    with plain(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return JUDGE_NETWORKS[preset.network]()
+
 # %% ../nbs/18_judges.ipynb #511faf40
 def train_judge(preset, folder, seed=0, progress=True) -> nn.Module:
     """The classifier of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if `folder`
     holds it finished. Leaves what `train` leaves. Raises `SettingsError` for data that no network
     of `JUDGE_NETWORKS` can learn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        judge = JUDGE_NETWORKS[preset.network]()
-    settings, path = identity(preset, seed), Path(folder)/'weights.safetensors'
+    folder, judge = Path(folder).expanduser(), blank(preset, seed)
+    settings, path = identity(preset, seed), folder/'weights.safetensors'
     if path.exists(): return load_weights(path, judge, settings).eval()
     objective = shifted_judge_loss if preset.shift else judge_loss
     data, (optimiser, schedule) = learnable(preset), judge_optimiser(preset)
@@ -136,7 +141,7 @@ def pretrained_judge(name, seed=0, source=WEIGHTS) -> nn.Module:
     shipped(name, seed, source)  # a name that there is not resembles one of these
     p = preset(name.replace('/', '.'))
     path = shipped(name, seed, source, identity(p, seed))
-    return load_weights(path, JUDGE_NETWORKS[p.network]()).eval()
+    return load_weights(path, blank(p, seed)).eval()
 
 # %% ../nbs/18_judges.ipynb #18c795cf
 class JudgeError(ValueError):
@@ -148,7 +153,11 @@ def scores(judge, x):
     numbers."""
     if not callable(judge):
         raise JudgeError(f'A judge is a function from images to scores, and not {judge!r:.60}.')
-    s = judge(x)
+    try:
+        s = judge(x)
+    except (RuntimeError, TypeError) as e:
+        raise JudgeError(f'The judge cannot read images {tuple(x.shape[1:])}: '
+                         f'{" ".join(str(e).split())[:100]}.') from e
     if not isinstance(s, Tensor) or s.ndim != 2 or len(s) != len(x):
         kind = f'a tensor {tuple(s.shape)}' if isinstance(s, Tensor) else f'a {type(s).__name__}'
         raise JudgeError('A judge answers images (B, ...) with scores (B, K), and not with '

@@ -572,7 +572,7 @@ def encode(represent, x, batch=1000):
     seen = lambda b: b
     if isinstance(getattr(represent, '__self__', represent), VAE):
         x, seen = as_images(x, error=DisentanglementError), pixels
-    with evaluating(represent):
+    with evaluating(represent), torch.autocast('cpu', enabled=False):
         parts = [code(represent(seen(x[i:i + batch]))) for i in range(0, len(x), batch)]
     mean, std, (classes, *_) = zip(*parts)
     return Code(np.concatenate(mean), np.concatenate(std), classes)

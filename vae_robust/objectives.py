@@ -104,6 +104,7 @@ class Softened:
     def __init__(self, model, T):
         self.model, self.T = model, T
     def __getattr__(self, name): return getattr(self.model, name)
+    def __call__(self, x): return self.model(x)
     def encode(self, x):
         mu, lv, l = self.model.encode(x)
         return mu, lv, l/self.T
@@ -212,9 +213,16 @@ def toward_bound(model, x_t, name, judge):
 
 # %% ../nbs/13_objectives.ipynb #83cd4cef
 def asked(judge, seen, objective):
-    "The scores that a `judge` gives what it has `seen`; `AttackError` if it cannot read that."
+    """The scores (B, K) that a `judge` gives what it has `seen`; `AttackError` if it cannot read
+    that, or answers with anything else."""
     try:
-        return judge(seen)
+        s = judge(seen)
+        fits = isinstance(s, Tensor) and s.ndim == 2 and len(s) == len(seen)
+        if fits and s.shape[1] > 1: return s
+        kind = f'a tensor {tuple(s.shape)}' if isinstance(s, Tensor) else f'a {type(s).__name__}'
+        raise AttackError(f'A judge gives scores (B, K) of two classes or more, and not {kind}.')
+    except AttackError:
+        raise
     except (RuntimeError, ValueError, TypeError) as e:
         why, shown = ' '.join(str(e).split())[:100], NEEDS_JUDGE[objective]
         raise AttackError(f'objective = {objective} shows its judge {shown} of the shape '

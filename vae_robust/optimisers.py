@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim import Adam
-from .data import Batch, Images, PerImage
+from .data import Batch, PerImage
 from .objectives import AttackError, norm
 from .settings import AttackPreset, limit
 from .vae import VAE
@@ -287,7 +287,8 @@ def squares(s, shape, u):
     """One square of side `s` in each image of `shape` (B, C, H, W), at places given by numbers u in
     [0, 1), (B, 2): bool (B, 1, H, W)."""
     _, _, H, W = shape
-    rows, columns = torch.arange(H).view(1, 1, H, 1), torch.arange(W)
+    rows, columns = (torch.arange(n, device=u.device) for n in (H, W))
+    rows = rows.view(1, 1, H, 1)
     top, left = ((u[:, i]*(n - s + 1)).long().view(-1, 1, 1, 1) for i, n in enumerate((H, W)))
     inside = lambda place: place.clamp(0, s - 1) == place
     return inside(rows - top) & inside(columns - left)
@@ -296,14 +297,17 @@ def squares(s, shape, u):
 def drawn(seeds, *shape):
     "Numbers in [0, 1) for each of `seeds`, (B, *shape)."
     dice = [torch.Generator().manual_seed(s) for s in seeds]
-    return torch.stack([torch.rand(shape, generator=g) for g in dice])
+    like = dict(dtype=torch.float32, device='cpu')  # whatever the program's defaults are
+    return torch.stack([torch.rand(shape, generator=g, **like) for g in dice])
 
 # %% ../nbs/14_optimisers.ipynb #c004fd9a
-def square(loss, start: Images, x: Images, eps, steps, step=.3, ball='linf', seeds=None) -> Images:
+def square(loss, start: Batch, x: Batch, eps, steps, step=.3, ball='linf', seeds=None) -> Batch:
     """Random search without gradients from `start`: `steps` squares set to x +- `eps`, kept where
     they lower `loss`; the best for each image. `step`: the first square's share of the image;
     `seeds`: one for each image (default 0 to B - 1). Images (B, C, H, W)."""
     only_linf('square', ball)
+    if x.ndim != 4:
+        raise AttackError(f'Squares need images (B, C, H, W), and these are {tuple(x.shape)}.')
     f, (_, C, H, W) = watched(loss), x.shape
     u = drawn(range(len(x)) if seeds is None else seeds, steps, 2 + C)
     if len(u) != len(x):
@@ -344,23 +348,39 @@ class Unfolded(nn.Module):
     def forward(self, h):
         c, s = self.conv, self.conv.stride[0]
         X = F.pixel_shuffle(F.conv_transpose2d(h, F.pixel_unshuffle(c.weight, s)), s)
-        return F.pad(X, [-c.padding[0]]*4) + c.bias[:, None, None]
+        y = F.pad(X, [-c.padding[0]]*4)
+        return y if c.bias is None else y + c.bias[:, None, None]
 
 # %% ../nbs/14_optimisers.ipynb #3b14edb6
+def foldable(layer, kind, sides=()):
+    """Whether (14.5) holds of a `layer`: torch's own `kind` of convolution, square, without hooks,
+    padded with zeros, its stride dividing its kernel and the padded `sides`."""
+    if type(layer) is not kind or layer._forward_pre_hooks or layer._forward_hooks: return False
+    usual = layer.padding_mode, layer.groups, {*layer.dilation}, {*layer.output_padding}
+    sizes = [{*a} for a in (layer.kernel_size, layer.stride, layer.padding)]
+    if usual != ('zeros', 1, {1}, {0}) or any(len(s) > 1 for s in sizes): return False
+    (k,), (s,), (p,) = sizes
+    return all(n % s == 0 for n in (k, *(side + 2*p for side in sides)))
+
+# %% ../nbs/14_optimisers.ipynb #2b4fe2e4
 def quick(model):
-    "A copy of a `VAE` that computes the same with faster gradients; anything else as it is."
-    if not isinstance(model, VAE) or isinstance(model.encoder[0], Folded): return model
-    fast = deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
-    fast.encoder[0] = Folded(fast.encoder[0])
-    if isinstance(fast.decoder[-1], nn.ConvTranspose2d):
-        fast.decoder[-1] = Unfolded(fast.decoder[-1])
-    return fast
+    """A copy of a `VAE` that computes the same with faster gradients; anything else as it is, and
+    what cannot be copied."""
+    if not isinstance(model, VAE) or not isinstance(model.encoder, nn.Sequential): return model
+    if any(isinstance(m, (Folded, Unfolded)) for m in model.modules()): return model
+    with suppress(RuntimeError):  # of weights that are computed from others, as by pruning
+        model = deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
+        if foldable(model.encoder[0], nn.Conv2d, model.shape[1:]):
+            model.encoder[0] = Folded(model.encoder[0])
+        if foldable(model.decoder[-1], nn.ConvTranspose2d):
+            model.decoder[-1] = Unfolded(model.decoder[-1])
+    return model
 
 # %% ../nbs/14_optimisers.ipynb #73a5635c
 @contextmanager
 def without_subnormals():
     "Within this context numbers below 1.2e-38 are zero; afterwards they are what they were before."
-    before = torch.tensor(2e-38)/1e2 == 0
+    before = torch.tensor(2e-38, dtype=torch.float32, device='cpu')/1e2 == 0
     torch.set_flush_denormal(True)
     try:
         yield

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from scipy.stats import norm as gaussian
 from torch import Tensor
 from torch.func import jacrev, vmap
-from .attacks import Attacked, attack
-from .data import Batch, Codes, ImageData, Images, PerImage, as_images, pixels
+from .attacks import Attacked, asking_about, attack
+from .data import Batch, Codes, ImageData, Images, PerImage, as_images, labels_of, pixels
 from .judges import JudgeError, judged, scores
 from .objectives import AttackError, features, for_judges_of_images, norm
 from .optimisers import BALLS, without_subnormals
@@ -24,6 +24,14 @@ from .settings import AttackPreset, named
 from .statistics import mean_rate, wilson
 from .training import keep_memory, one_thread
 from .vae import evaluating
+
+# %% ../nbs/21_robustness.ipynb #5bcd0055
+def dice(seed):
+    "numpy's generator of a `seed`; `AttackError` for what is none."
+    try:
+        return np.random.default_rng(seed)
+    except (ValueError, TypeError):
+        raise AttackError(f'seed must be a whole number, 0 or more, and not {seed!r}.') from None
 
 # %% ../nbs/21_robustness.ipynb #4ed37b73
 def pairs(y, n, seed=0) -> Int[Tensor, 'P 2']:
@@ -35,7 +43,7 @@ def pairs(y, n, seed=0) -> Int[Tensor, 'P 2']:
         raise AttackError('Pairs need one label for each image, and two classes: these labels are '
                           f'{tuple(y.shape)}, with {len(y.unique())} values. Of factors, take one: '
                           'test._replace(y=test.y[:, 0]).')
-    rng, out = np.random.default_rng(seed), []
+    rng, out = dice(seed), []
     where = {int(k): np.flatnonzero(y == k) for k in y.unique()}
     for s, t in ((s, t) for s in where for t in where if s != t):
         zipped = cut(rng.permutation(where[s]), rng.permutation(where[t]))
@@ -84,7 +92,7 @@ def reconstruct(model, x, sample=False, batch=1000) -> Batch:
         return torch.cat([q.z.mean, q.c.sample().flatten(1)], -1) if sampled else q.mode
     coded = hasattr(model, 'decode') and hasattr(model, 'posterior')
     again = (lambda b: model.decode(code(model.posterior(b)))) if coded else model
-    with evaluating(model):
+    with evaluating(model), torch.autocast(x.device.type, enabled=False):
         parts = [again(b) for b in x.split(batch)]
     if all(isinstance(a, Tensor) and len(a) == len(b) for a, b in zip(parts, x.split(batch))):
         return torch.cat(parts)
@@ -106,8 +114,9 @@ def labelled(test):
     if not (hasattr(test, 'x') and hasattr(test, 'y')):
         raise AttackError(f'A test set has images x and labels y, and a {type(test).__name__} has '
                           'not: `images` makes one of (x, y), of a folder or a DataLoader.')
-    if isinstance(test.x, Tensor) and isinstance(test.y, Tensor): return test
-    return ImageData(as_images(test.x), torch.as_tensor(test.y))
+    grey = isinstance(test.x, Tensor) and test.x.is_floating_point()  # judged by who attacks them
+    x = test.x if grey else as_images(test.x, who='The images of a test set', error=AttackError)
+    return ImageData(x, test.y if isinstance(test.y, Tensor) else labels_of(test.y, len(x)))
 
 # %% ../nbs/21_robustness.ipynb #157196b4
 def attacked(model, judge, preset, test, seed=0, desc='attack', progress=True,
@@ -141,8 +150,9 @@ PORTION = 5000  # pairs whose images are in memory at the same time
 def check_judges(model, judges, test):
     """`JudgeError`, before anything is attacked, unless all `judges` can read reconstructions and
     know all classes of `test`."""
-    with torch.no_grad(), torch.random.fork_rng():
-        rebuilt = reconstruct(model, pixels(test.x[:2]))
+    x = pixels(test.x[:2])
+    with torch.no_grad(), torch.random.fork_rng(), asking_about(x):
+        rebuilt = reconstruct(model, x)
         for name, judge in judges.items():
             with evaluating(judge):
                 K = scores(judge, rebuilt).shape[1]

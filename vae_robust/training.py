@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'WEIGHTS', 'TrainingError', 'save_weights', 'load_weights',
            'ship', 'shipped', 'pretrained', 'publish_curves']
 
 # %% ../nbs/10_training.ipynb #f79a238d
-import inspect, io, json, math, platform, signal, threading, time, zipfile
+import inspect, io, json, math, operator, platform, signal, threading, time, zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -48,7 +48,8 @@ def minibatches(n, batch, seed, start=0):
     for step in count(start):
         epoch, i = divmod(step, n//batch)
         if i == 0 or step == start:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed*2**32 + epoch))
+            g = torch.Generator().manual_seed(seed*2**32 + epoch)
+            order = torch.randperm(n, generator=g, device='cpu')
         yield order[i*batch:(i + 1)*batch]
 
 # %% ../nbs/10_training.ipynb #d7cbbd3e
@@ -324,7 +325,8 @@ def trainable(model, data):
     tuples of tensors, untouched. Raises `TrainingError` for images that cannot be."""
     vae, several = getattr(model, 'module', model), type(data) is tuple
     if several and len(lengths := {len(d) for d in data}) != 1:
-        raise TrainingError(f'Data of unequal lengths, {sorted(lengths)}: each image needs one of each.')
+        raise TrainingError(f'Data of unequal lengths, {sorted(lengths)}: each image needs one of '
+                            'each.')
     if not isinstance(vae, VAE) or several: return data
     x = as_images(data, vae.shape, 'The images to train on', TrainingError)
     return x.detach() if isinstance(x, torch.Tensor) else x
@@ -381,6 +383,18 @@ def take_steps(bar, batches, take_one, rows, curves, *, keep, path, every, log, 
             keep(rows, step=step + 1, curves=curves)
         if stop: raise stopped(step + 1, bar.total, path)
 
+# %% ../nbs/10_training.ipynb #ce03cc5f
+@contextmanager
+def learning(model):
+    """Within this context there are gradients, in the precision that `fit` says, whatever a program
+    has said. Raises `TrainingError` where there can be none."""
+    if torch.is_inference_mode_enabled():
+        raise TrainingError('Inside torch.inference_mode() nothing has a gradient: train outside '
+                            'of it; torch.no_grad() does no harm.')
+    device = next(model.parameters()).device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        yield
+
 # %% ../nbs/10_training.ipynb #27f4c729
 def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4), schedule=None,
         seed=0, precision=torch.float32, folder=None, settings='', every=1000, log=100,
@@ -392,7 +406,7 @@ def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4
     SIGINT and SIGTERM stop it after a whole step, as KeyboardInterrupt. Raises `TrainingError`
     on numbers that are not finite and on images that no `VAE` can learn. Under
     torch.distributed, processes share `batch`."""
-    with torch.random.fork_rng(), noted_signals() as noted:
+    with learning(model), torch.random.fork_rng(), noted_signals() as noted:
         data, path = trainable(model, data), folder and Path(folder)/'checkpoint.pt'
         objective, rank, world = prepared(model, objective, data, batch, seed, precision)
         opt = optimiser(model.parameters())
@@ -432,6 +446,18 @@ def network(p):
                             f'{p.n_c}, categoricals = {p.categoricals}, '
                             f'channels = {p.channels}, size = {p.size} ({why}).') from None
 
+# %% ../nbs/10_training.ipynb #92b3149b
+@contextmanager
+def plain():
+    "Within this context new tensors are float32 and on the CPU, whatever a program has said."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device('cpu'):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
 # %% ../nbs/10_training.ipynb #2fc7d27b
 def build(preset, seed=0) -> VAE:
     """An untrained `VAE` with the latents, the likelihood and the networks of a `ModelPreset`,
@@ -439,7 +465,7 @@ def build(preset, seed=0) -> VAE:
     0 <= seed < 2^32. Raises `SettingsError` if there can be no such model."""
     if not 0 <= seed < 2**32:
         raise SettingsError(f'seed = {seed}: it should be at least 0 and less than 2^32.')
-    with torch.random.fork_rng():
+    with plain(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = network(within_limits(preset))
         return with_discriminator(model) if preset.objective == 'factor' else model
@@ -460,9 +486,8 @@ def one_thread():
 def identity(preset, seed, images=''):
     """What determines a training, as one line of JSON: the values of the preset that differ from
     their defaults, the seed, and the `digest` of the `images` if they are own ones."""
-    own = {'images': images[:16]} if images else {}
-    return json.dumps(preset.model_dump(exclude_defaults=True) | {'seed': seed} | own,
-                      sort_keys=True)
+    said = {'seed': operator.index(seed)} | ({'images': images[:16]} if images else {})
+    return json.dumps(preset.model_dump(exclude_defaults=True) | said, sort_keys=True)
 
 # %% ../nbs/10_training.ipynb #d15c0915
 def own_images(preset, data=None):
@@ -568,6 +593,12 @@ def finished(path, model, settings, extend=False):
     (path.parent/'checkpoint.pt').unlink(missing_ok=True)      # of a run killed between the two
     return True
 
+# %% ../nbs/10_training.ipynb #08377c70
+def own(data):
+    "Images `data` as they are; `TrainingError` for a tuple of these and others."
+    if type(data) is not tuple: return data
+    raise TrainingError('A VAE is trained on images without labels: give the first of these.')
+
 # %% ../nbs/10_training.ipynb #09826752
 def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='cpu', *,
           extend=False) -> VAE:
@@ -576,9 +607,9 @@ def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='
     killed run was, or with `extend` where a finished one with fewer steps was. Leaves
     weights.safetensors, curves.csv and run.json there. `data`: images, else the preset's training
     set. Returned on the CPU. Raises what `build`, `usable`, `load_weights` and `fit` raise."""
-    began, path = time.time(), Path(folder)/'weights.safetensors'
+    began, path = time.time(), Path(folder).expanduser()/'weights.safetensors'
     model = build(preset := named(preset, ModelPreset), seed=seed).to(usable(device))
-    data = None if data is None else trainable(model, data)
+    data = None if data is None else trainable(model, own(data))
     settings = identity(preset, seed, own_images(preset, data))
     settings = prolonged(path, settings) if extend else settings
     if finished(path, model, settings, extend): return model.cpu().eval()
@@ -590,7 +621,7 @@ def train(preset, folder, seed=0, data=None, progress=True, every=1000, device='
     keep_memory()
     with one_thread(), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
         curves = fit(model, objective(preset), x, preset.steps, preset.batch, adam,
-                     SCHEDULES[preset.schedule], seed, dtype, folder, settings, every,
+                     SCHEDULES[preset.schedule], seed, dtype, path.parent, settings, every,
                      desc=path.parent.name, progress=progress)
     leave(path, model, settings, curves, time.time() - began, dtype, device)
     return model.cpu().eval()

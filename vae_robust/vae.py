@@ -226,6 +226,14 @@ def parted(h, n_z, n_c, categoricals):
     mu, lv, l = single(h).split([n_z, n_z, categoricals*n_c], -1)
     return mu, lv, l if categoricals == 1 else l.unflatten(-1, (categoricals, n_c))
 
+# %% ../nbs/04_vae.ipynb #1bff0537
+def coded(family, logits):
+    "The categorical of `logits`; ValueError if they are no numbers."
+    try:
+        return family(logits=logits, validate_args=False)
+    except ValueError:
+        raise ValueError('The encoder answers with NaN: look at the weights of the model.') from None
+
 # %% ../nbs/04_vae.ipynb #42942d55
 class VAE(nn.Module):
     """Encoder, decoder and likelihood for images (B, channels, size, size), grey values in [0, 1],
@@ -247,7 +255,7 @@ class VAE(nn.Module):
     def posterior(self, x) -> Posterior:
         "q(z, c|x) for images x: a `Posterior`."
         mu, lv, logits = self.encode(x)
-        c = self.family(logits=logits, validate_args=False) if self.n_c else None
+        c = coded(self.family, logits) if self.n_c else None
         return Posterior(Normal(mu, (lv/2).exp(), validate_args=False), c, self.tau)
 
     def log_likelihood(self, x, code: Codes) -> PerImage:
@@ -277,7 +285,8 @@ def known_to(f, home):
             *(f.__globals__[n] for n in names if n in f.__globals__)]
 
 # %% ../nbs/04_vae.ipynb #82e892e4
-LEAVES = type, ModuleType, Tensor, np.ndarray, np.generic, str, bytes, int, float
+LEAVES = type, ModuleType, Tensor, np.ndarray, np.generic, str, bytes, int, float, type(None)
+TORCH = '_modules', '_parameters', '_buffers'  # of a module: `reached` asks for all that are in it
 
 def held_by(thing, home):
     "The objects that something holds on to, such as a function, a method or a module: a list."
@@ -286,24 +295,27 @@ def held_by(thing, home):
     if isinstance(thing, (list, tuple, set)): return [*islice(thing, 1000)]
     if isinstance(thing, MethodType): return [thing.__self__, thing.__func__]
     if isinstance(thing, partial): return [thing.func, thing.args, thing.keywords]
-    own = [*getattr(thing, '__dict__', {}).values()]
+    own = [v for k, v in getattr(thing, '__dict__', {}).items() if k not in TORCH]
     return own + (known_to(thing, home) if isinstance(thing, FunctionType) else [])
 
 # %% ../nbs/04_vae.ipynb #198dc993
 def reached(*things, most=20_000):
     """The modules that functions, methods, modules or collections of them hold on to, each once:
     a list. Global names count in functions of the notebook or program, and of the file in which
-    one of `things` stands. The search ends after `most` objects."""
+    one of `things` stands. The search ends after `most` objects that are no modules."""
     home = [f.__globals__ for f in things if isinstance(f, FunctionType)]
     home.append(vars(sys.modules['__main__']))
-    todo, seen, found = [*things], {}, []
-    while todo and len(seen) < most:
+    todo, seen, found = [*things], {}, {}
+    while todo and len(seen) < most + len(found):
         thing = todo.pop()
         if id(thing) in seen: continue
-        seen[id(thing)] = thing  # kept, so that no other object gets its id
-        found += [thing]*isinstance(thing, nn.Module)
-        todo += held_by(thing, home)
-    return found
+        inside = [*thing.modules()] if isinstance(thing, nn.Module) else []
+        new = {id(t): t for t in [thing, *inside] if id(t) not in seen}
+        seen |= new  # kept, so that no other object gets an id of theirs
+        found |= {k: t for k, t in new.items() if isinstance(t, nn.Module)}
+        held = (held_by(t, home) for t in new.values())
+        todo += [a for each in held for a in each if not isinstance(a, LEAVES)]
+    return [*found.values()]
 
 # %% ../nbs/04_vae.ipynb #03c5593d
 @contextmanager

@@ -75,7 +75,7 @@ def spread(std):
 # %% ../nbs/29_yours.ipynb #6d46713f
 def of_names(answer):
     "An object or a dict with a mean and a spread under a known name, or features."
-    if isinstance(answer, (Tensor, tuple, list, Distribution)): return None
+    if isinstance(answer, (Tensor, Distribution)) or type(answer) in (tuple, list): return None
     inner = vars_of(answer).get('latent_dist')
     if inner is not None: return read(inner)
     mean, log_var, std = (part(answer, names) for names in (MEAN, LOG_VAR, STD))
@@ -86,7 +86,10 @@ def of_names(answer):
     return None if features is None or others else [Point(features)]
 
 # %% ../nbs/29_yours.ipynb #f932eecb
-def vars_of(answer): return answer if hasattr(answer, 'keys') else getattr(answer, '__dict__', {})
+def vars_of(answer):
+    "The parts of a dict, a named tuple or an object, by name: a dict."
+    if hasattr(answer, '_asdict'): return answer._asdict()
+    return answer if hasattr(answer, 'keys') else getattr(answer, '__dict__', {})
 
 # %% ../nbs/29_yours.ipynb #36f0defa
 def gaussian(mean, std): return Normal(mean, std, validate_args=False)
@@ -97,13 +100,19 @@ def of_tensors(answer):
     if not isinstance(answer, (tuple, list)) or not 2 <= len(answer) <= 3: return None
     if not all(isinstance(a, Tensor) for a in answer): return None
     mu, log_var, *logits = answer
-    if mu.shape != log_var.shape: return None
+    if mu.shape != log_var.shape or mu.ndim < 2: return None
     if logits and logits[0].shape == mu.shape: return None  # (z, mu, log variance), or what?
-    if log_var.numel() >= 8 and (log_var > 0).all():
-        raise ModelError('the second of two tensors is positive everywhere, as a standard '
-                         'deviation is and the logarithm of a variance is not: return a Normal')
     codes = [OneHotCategorical(logits=a, validate_args=False) for a in logits if a.shape[-1]]
     return [gaussian(mu, (log_var/2).exp()), *codes]
+
+# %% ../nbs/29_yours.ipynb #a231bb7e
+def check_spread(answer):
+    """Raise `ModelError` if the second of an answer's tensors may be a standard deviation: those
+    are positive for all images, logarithms of variances are not."""
+    if isinstance(answer, dict) or hasattr(answer, '_asdict') or of_tensors(answer) is None: return
+    if (answer[1] > 0).all():
+        raise ModelError('the second of two tensors is positive everywhere, as a standard '
+                         'deviation is and the logarithm of a variance is not: return a Normal')
 
 # %% ../nbs/29_yours.ipynb #f2afa71f
 def of_several(answer):
@@ -120,7 +129,7 @@ def of_features(answer):
     return [Point(answer)] if fits else None
 
 # %% ../nbs/29_yours.ipynb #78ffbf12
-READERS = of_distribution, of_several, of_tensors, of_names, of_features
+READERS = of_distribution, of_several, of_names, of_tensors, of_features
 
 # %% ../nbs/29_yours.ipynb #e187955e
 def read(answer):
@@ -177,17 +186,32 @@ CALLS = {'': lambda decode, parts: decode(parts[0] if len(parts) == 1 else torch
          'each part by itself': lambda decode, parts: decode(*parts),
          'a list': lambda decode, parts: decode(parts)}
 
+# %% ../nbs/29_yours.ipynb #b9ce531e
+def unchanged(x): return x
+def signed(x): return 2*x - 1
+def unsigned(y): return (y/2 + .5).clamp(0, 1)
+
 # %% ../nbs/29_yours.ipynb #c3cd5880
-def picture(answer, shape):
-    "What a decoder answers as images of `shape`; None if there are none in it."
+def shaped(y, shape):
+    """Numbers y, flat or with the axes of `shape` but for some of length one, as (B, *shape); else
+    None."""
+    if y[0].numel() != torch.Size(shape).numel(): return None
+    axes = [[n for n in s if n > 1] for s in (y.shape[1:], shape)]
+    return y.reshape(len(y), *shape) if y.ndim == 2 or axes[0] == axes[1] else None
+
+def picture(answer, shape, after=unchanged):
+    """What a decoder answers as images of `shape`, by way of `after`; None if there are none in
+    it."""
     if isinstance(answer, (tuple, list)):
         answer = answer[0] if answer else None
     if not isinstance(answer, (Tensor, Distribution)):
         answer = part(answer, IMAGE)
     if isinstance(answer, Distribution):
         answer = answer.mean
-    if answer is None or answer[0].numel() != torch.Size(shape).numel(): return None
-    return answer.float().reshape(len(answer), *shape)
+    if answer is None or not answer.ndim: return None
+    y = answer.float()
+    y = y if y.ndim > 2 else shaped(y, shape)
+    return None if y is None else shaped(after(y), shape)
 
 # %% ../nbs/29_yours.ipynb #65bbd15c
 class Found(NamedTuple):
@@ -198,8 +222,8 @@ class Found(NamedTuple):
     encode: Callable | None = None
     decode: Callable | None = None
     whole: Callable | None = None
-    before: Callable = lambda x: x
-    after: Callable = lambda y: y
+    before: Callable = unchanged
+    after: Callable = unchanged
     said: str = ''
 
 # %% ../nbs/29_yours.ipynb #4ed8250c
@@ -214,8 +238,8 @@ def posterior_and_decode(model, x):
 def from_diffusers(model, x):
     "diffusers' AutoencoderKL, VQModel and their like, which read and write [-1, 1]."
     if has(model, 'encode', 'decode') and 'latent_channels' in getattr(model, 'config', ()):
-        return Found("diffusers' autoencoder", model.encode, model.decode, before=lambda x: 2*x - 1,
-                     after=lambda y: (y/2 + .5).clamp(0, 1), said='2x - 1, and back with a clamp')
+        return Found("diffusers' autoencoder", model.encode, model.decode, before=signed,
+                     after=unsigned, said='2x - 1, and back with a clamp')
 
 # %% ../nbs/29_yours.ipynb #6511a93d
 def from_pythae(model, x):
@@ -225,9 +249,8 @@ def from_pythae(model, x):
     others = [n for n, _ in model.named_children() if n not in ASIDE]
     others += [n for n, _ in model.named_parameters(recurse=False)]
     if others: raise ModelError(f'its codes go through {others[0]}, which nobody here follows')
-    decode = model.decoder
-    if has(model, 'quantizer'):
-        decode = lambda z: model.decoder(quantised(model.quantizer, z))
+    quantizer = model.quantizer if has(model, 'quantizer') else None
+    decode = partial(through, quantizer, model.decoder) if quantizer else model.decoder
     return Found("pythae's model", model.encoder, decode)
 
 # %% ../nbs/29_yours.ipynb #3beb040f
@@ -239,6 +262,8 @@ def quantised(quantizer, z):
     shape."""
     grid = z[:, None, None] if z.ndim == 2 else z
     return quantizer(grid.permute(0, 2, 3, 1)).quantized_vector.reshape(z.shape)
+
+def through(quantizer, decoder, z): return decoder(quantised(quantizer, z))
 
 # %% ../nbs/29_yours.ipynb #0072d26d
 def encode_and_decode(model, x):
@@ -259,8 +284,12 @@ def encoder_and_decoder(model, x):
 # %% ../nbs/29_yours.ipynb #434d6984
 def scaled(mean, std):
     "Grey values (B, C, H, W) standardised with `mean` and `std`, one for each channel."
-    one = lambda x, a: torch.as_tensor(a, dtype=x.dtype, device=x.device).view(-1, 1, 1)
-    return lambda x: (x - one(x, mean))/one(x, std)
+    return partial(standardised, mean=mean, std=std)
+
+def standardised(x, mean, std):
+    "(x - `mean`)/`std` for images x (B, C, H, W) and a number for each channel."
+    mean, std = (torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in (mean, std))
+    return (x - mean.view(-1, 1, 1))/std.view(-1, 1, 1)
 
 # %% ../nbs/29_yours.ipynb #b201467a
 IMAGENET = (.485, .456, .406), (.229, .224, .225)
@@ -290,7 +319,7 @@ def function(model, x):
     try:
         read(rest)
         both = 'a function that reconstructs and encodes'
-        return Found(both, lambda x: rest_of(model(x)), whole=model)
+        return Found(both, partial(behind, model), whole=model)
     except ModelError:
         return Found('a function that reconstructs', whole=model)
 
@@ -308,6 +337,8 @@ def rest_of(answer):
     if not isinstance(answer, (tuple, list)): return None if isinstance(answer, Tensor) else answer
     rest = tuple(a for a in answer if getattr(a, 'shape', None) != answer[0].shape)
     return rest[0] if len(rest) == 1 else rest
+
+def behind(model, x): return rest_of(model(x))
 
 # %% ../nbs/29_yours.ipynb #07acf2d8
 def tried(f, *args):
@@ -328,6 +359,7 @@ RECOGNISERS = [posterior_and_decode, from_diffusers, from_pythae, encode_and_dec
 def check_range(y):
     "Raise `ModelError`, with a remedy, unless reconstructions y are grey values."
     low, high = (v.item() for v in y.aminmax())
+    if low != low: raise ModelError('it decodes to NaN: look at its weights')
     if -1e-4 <= low and high <= 1 + 1e-4: return
     if -1.01 <= low and high <= 1.01:
         remedy = 'before=lambda x: 2*x - 1, after=lambda y: (y + 1)/2, if its range is [-1, 1]'
@@ -375,18 +407,26 @@ def encoded(r, x):
     q = posterior_of(r, x)
     return q.z.mean, 2*q.z.stddev.log(), q.z.mean[:, :0] if q.c is None else q.c.logits
 
+# %% ../nbs/29_yours.ipynb #89127f41
+def seen_in(answer, r):
+    "The images (B, *shape) in what a model with the `Reading` r answers. `ModelError` if none."
+    y = picture(answer, r.shape, r.found.after)
+    if y is not None: return y
+    turned = isinstance(answer, Tensor) and sorted(answer.shape[1:]) == sorted(r.shape)
+    hint = ': if the channels stand last, say after=lambda y: y.permute(0, 3, 1, 2)'
+    raise ModelError(f'its decoder gives no images {r.shape} but {described(answer)}' + hint*turned)
+
 # %% ../nbs/29_yours.ipynb #b3231fe0
 def decoded(r, code):
     "The images of codes (B, D + G K): (B, C, H, W) in [0, 1]."
     each = dict(zip(r.order, cut(code.to(r.dtype), r.parts)))
-    y = picture(CALLS[r.call](r.found.decode, [each[i] for i in sorted(each)]), r.shape)
-    if y is None: raise ModelError(f'its decoder gives no images {r.shape}')
-    return r.found.after(y)
+    answer = CALLS[r.call](r.found.decode, [each[i] for i in sorted(each)])
+    return seen_in(answer, r)
 
 # %% ../nbs/29_yours.ipynb #985445e9
 def rebuilt(r, x):
     "The reconstructions of images x by a model that decodes no code."
-    return r.found.after(picture(r.found.whole(given(r, x)), r.shape))
+    return seen_in(r.found.whole(given(r, x)), r)
 
 # %% ../nbs/29_yours.ipynb #c0793a2c
 def first_that_works(f, candidates):
@@ -400,6 +440,12 @@ def first_that_works(f, candidates):
             trouble.append(e)
     raise trouble[0]
 
+# %% ../nbs/29_yours.ipynb #efce1e43
+def probes(x):
+    "Images like x (B, C, H, W): these, their negatives, black, white, and noise."
+    noise = torch.rand(8, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+    return torch.cat([x, 1 - x, torch.zeros_like(x[:1]), torch.ones_like(x[:1]), noise])
+
 # %% ../nbs/29_yours.ipynb #72e57b78
 def learn(found, x):
     "The `Reading` of a model that was `found`, from images x. Raises `ModelError`."
@@ -410,6 +456,7 @@ def learn(found, x):
     r = first_that_works(lambda r: tried(f, given(r, x)), ways)
     if found.encode:
         r = with_parts(r, tried(posterior_parts, r, x))
+        check_spread(tried(r.found.encode, given(r, probes(x))))
         check_same(posterior_of(r, x), posterior_of(r, x))
     if not found.decode: return r
     code = posterior_of(r, x).mode
@@ -445,6 +492,32 @@ def sizes(q):
     K = q.c.logits.shape[-1]
     return code | {'n_c': K, 'categoricals': q.c.logits[0].numel()//K}
 
+# %% ../nbs/29_yours.ipynb #d1073e2a
+def far(a, b): return not torch.allclose(a, b, 1e-3, 1e-4)
+
+def own_pictures(m, x):
+    """What the model of a `Yours` rebuilds of images x when it is called; None if it answers with
+    something else, or by chance."""
+    if not callable(m.model): return None
+    try:
+        answers = [tried(m.model, given(m.reading, x)) for _ in range(2)]
+    except ModelError:
+        return None
+    a, b = (picture(answer, m.shape, unchanged) for answer in answers)
+    return None if a is None or b is None or far(a, b) else a
+
+# %% ../nbs/29_yours.ipynb #2e961c9f
+def check_pictures(m, x):
+    """Raise `ModelError` if a `Yours` rebuilds images x otherwise at a second call, or otherwise
+    than its model when it is called: something stands between encoder and decoder then."""
+    y, own = m(x), None if m.reading.found.whole else own_pictures(m, x)
+    if far(y, m(x)):
+        raise ModelError('two calls rebuild two pictures, so it samples: decode the mean')
+    ends = m.reading.found.after, unchanged, torch.sigmoid
+    if own is not None and all(far(f(own), y) for f in ends):
+        raise ModelError('a call of it rebuilds other pictures than its decoder makes of what its '
+                         'encoder says, so something stands between them, such as a quantiser')
+
 # %% ../nbs/29_yours.ipynb #82c0bb68
 class Yours(nn.Module):
     """A stranger's `model` as all chapters take one: what `adapt` returns. `posterior(x)`: a
@@ -464,6 +537,7 @@ class Yours(nn.Module):
                 vars(self).update(sizes(self.posterior(x)))
             if found.decode or found.whole:
                 check_range(self(x))
+                check_pictures(self, x)
 
     def forward(self, x):
         "The reconstructions of grey values x (B, C, H, W). `ModelError` if there is no decoder."
@@ -595,6 +669,12 @@ def alike(one, other):
     "Whether two dicts of tensors have the same names and shapes."
     return {k: t.shape for k, t in one.items()} == {k: t.shape for k, t in other.items()}
 
+# %% ../nbs/29_yours.ipynb #a0f64037
+def same_kind(model, other):
+    "Whether two `VAE`s are one function but for the numbers in their weights."
+    said = [(m.likelihood, m.tau, m.family, m.shape) for m in (model, other)]
+    return said[0] == said[1] and alike(model.state_dict(), other.state_dict())
+
 # %% ../nbs/29_yours.ipynb #97f12e8c
 def load_model(path):
     """The `VAE` in a folder that `train` or `save_model` left, or in a file of weights, in eval
@@ -656,16 +736,17 @@ def save_model(model, folder, preset, seed=0, data=None, **metrics):
     on, of which the card has the fingerprint; `metrics`: numbers about it, by name. Returns the
     folder. TrainingError if the model is none of the preset's."""
     folder, preset = Path(folder).expanduser(), named(preset, ModelPreset)
-    networks = build(preset.model_copy(update={'objective': 'elbo'})).state_dict()
-    if not isinstance(model, VAE) or not alike(model.state_dict(), networks):
+    wanted = build(preset.model_copy(update={'objective': 'elbo'}))
+    if not isinstance(model, VAE) or not same_kind(model, wanted):
         raise TrainingError(f'This {type(model).__name__} has other networks than its preset asks '
-                            'for: give the preset that it was trained with.')
+                            'for, or another likelihood, temperature or code: give the preset '
+                            'that it was trained with.')
     images = own_images(preset, None if data is None else as_images(data))
     preset = portable(preset)
     settings = identity(preset, seed, images)
     weights = packed(model, settings)
     sums = {'weights.safetensors': sha256(weights).hexdigest()}
-    facts = recorded(folder, settings)[1]
+    facts, metrics = recorded(folder, settings)[1], {k: float(v) for k, v in metrics.items()}
     said = {'torch': torch.__version__, 'sha256': sums, 'metrics': metrics}
     write(folder/'run.json', json.dumps(said | replacing(folder, sums), indent=1))
     write(folder/'README.md', card(folder.resolve().name, preset, facts, metrics, sums))
