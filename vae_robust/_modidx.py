@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vae_robust.board.same_noise': ('board.html#same_noise', 'vae_robust/board.py'),
                                   'vae_robust.board.seen_by': ('board.html#seen_by', 'vae_robust/board.py'),
                                   'vae_robust.board.share': ('board.html#share', 'vae_robust/board.py'),
+                                  'vae_robust.board.show_board': ('board.html#show_board', 'vae_robust/board.py'),
                                   'vae_robust.board.sort_of': ('board.html#sort_of', 'vae_robust/board.py'),
                                   'vae_robust.board.summary': ('board.html#summary', 'vae_robust/board.py'),
                                   'vae_robust.board.tried': ('board.html#tried', 'vae_robust/board.py'),

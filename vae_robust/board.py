@@ -159,8 +159,8 @@ def nats_of(model, x):
 
 # %% ../nbs/31_board.ipynb #edbd945b
 def price(f, model, x):
-    """Nats of images x (B, ...) in the codes of a `model`, squared error and seconds per image of f,
-    which is `deployed`: a dict."""
+    """Nats of images x (B, ...) in the codes of a `model`, squared error and seconds per image of
+    f, which is `deployed`: a dict."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         began = time.process_time()
@@ -213,6 +213,7 @@ def board_of(answers):
     each = pd.DataFrame([{'defence': labels['model']} | summary(rows) for labels, rows in answers])
     by = each.groupby('defence', sort=False)
     ends = pd.DataFrame({d: t_interval(mine.knows)[1:] for d, mine in by}, ['low', 'high']).T
+    ends = ends.clip(0, 100)  # Student does not know that these are shares
     return by.mean().join(ends).assign(n=by.size()).reset_index()[COLUMNS]
 
 # %% ../nbs/31_board.ipynb #98977547
@@ -250,3 +251,14 @@ def publish_board(name, study, runs, folder=None, **pool):
     save_table(table, name, folder or root()/'figures', FORMATS, weights=hashes,
                study=study.model_dump())
     return table
+
+# %% ../nbs/31_board.ipynb #eec629c0
+def show_board(table, ax, title=''):
+    """Draw a board: for each defence what the suite loses, what those who know lose, with its
+    interval, and what random squares lose, in percent."""
+    ax.hlines(table.defence, table.suite, table.knows, color='.75', lw=5)
+    ax.hlines(table.defence, table.low, table.high, color='C1', lw=1)
+    for column, mark in {'suite': 'o', 'knows': 's', 'gradient_free': 'x'}.items():
+        ax.plot(table[column], table.defence, mark, label=column.replace('_', ' '))
+    ax.set(title=title, xlabel='lost, %', xlim=(-3, 103))
+    ax.invert_yaxis()

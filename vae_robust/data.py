@@ -147,7 +147,7 @@ def as_images(x, shape=None, who='The images', error=DataError):
 def resize(x, size):
     """Images uint8 (N, C, H, W) resized bilinearly (antialiased, as PIL does) to `size` x `size`,
     still uint8."""
-    return (x if x.shape[-1] == size
+    return (x if x.shape[-2:] == (size, size)
             else F.interpolate(x, size=(size, size), mode='bilinear', antialias=True))
 
 # %% ../nbs/01_data.ipynb #80dada57
