@@ -312,6 +312,17 @@ def test_labels_of_any_type_are_numbers_still():
             labels_of(missing, 4)
 
 
+def test_pictures_and_labels_that_are_none_are_named(tmp_path):
+    (tmp_path/'a.png').write_bytes(b'no picture')
+    pictures = np.zeros((3, 8, 8), np.uint8)
+    for source, words in [(tmp_path, 'No picture in .* can be read, the first of them a.png'),
+                          ((pictures, 3), 'one for each of 3 images, and not 3'),
+                          ((pictures, [[1], [1, 2], [3]]), 'Labels are of several lengths'),
+                          ({}, 'There are no names')]:
+        with pytest.raises(DataError, match=words):
+            images(source)
+
+
 def test_a_part_for_validation_is_no_class(tmp_path):
     for d in ('train/a', 'train/b', 'val/a', 'val/b'):
         (tmp_path/d).mkdir(parents=True)

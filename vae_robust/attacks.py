@@ -79,8 +79,8 @@ def generators(preset, seed):
         first = index(seed)
     except TypeError:
         first = -1
-    if not 0 <= first < 2**63:
-        raise AttackError(f'seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.')
+    if not 0 <= first < 2**32:  # all that torch looks at
+        raise AttackError(f'seed must be a whole number from 0 to 2^32 - 1, not {seed!r}.')
     runs = preset.restarts*(1 + preset.forced)
     return [torch.Generator().manual_seed(first + i) for i in range(runs)]
 

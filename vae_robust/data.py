@@ -971,6 +971,8 @@ def form_of(files, size, channels):
     """The `Form` of pictures that become `size` x `size` (None: they have one size) with `channels`
     (None: theirs)."""
     gray, sizes = heads(files) if size is None or channels is None else (False, set())
+    if size is None and not sizes:
+        raise DataError(f'No picture in {files[0].parent} can be read, the first of them {files[0].name}.')
     if size is None and len(sizes) > 1:
         raise DataError(f'The pictures in {files[0].parent} have {len(sizes)} sizes, such as '
                         f'{" and ".join(f"{w} x {h}" for w, h in sorted(sizes)[:2])}: say size=64.')
@@ -1058,8 +1060,8 @@ def from_dict(source, part, size, channels):
     if part in source: return images(source[part], None, size, channels)
     x, y = (named(source, which, part) for which in 'xy')
     if x is None:
-        raise DataError(f'There are {", ".join(map(str, source))}, and none is called '
-                        f'{", ".join(NAMED["x"][:4])}.')
+        there = ', '.join(map(str, source)) or 'no names'
+        raise DataError(f'There are {there}, and none is called {", ".join(NAMED["x"][:4])}.')
     parted = part and x is not named(source, 'x')
     return from_arrays((x, y), None if parted else part, size, channels)
 
@@ -1070,7 +1072,8 @@ def from_arrays(source, part, size, channels):
     pair = isinstance(source, tuple) and len(source) == 2
     x, y = source if pair else (source, None)
     if not (pair or isinstance(x, (np.ndarray, torch.Tensor))): return None
-    x, y = as_bytes_first(x), labels_of(y, len(x))
+    x = as_bytes_first(x)
+    y = labels_of(y, len(x))
     rows = rows_of(len(x), part)
     return ImageData(cropped(coloured(x[rows], channels), size), y[rows])
 
@@ -1088,7 +1091,11 @@ def labels_of(y, n):
     """Labels as int64 (n,), or of factors (n, F): whole numbers, or words in alphabetical order;
     (n, 0) for None."""
     if y is None: return torch.empty(n, 0, dtype=torch.int64)
-    a = np.asarray(y)
+    try:
+        a = np.asarray(y)
+    except ValueError:
+        raise DataError('Labels are of several lengths: each image needs as many.') from None
+    if not a.ndim: raise DataError(f'Labels must be one for each of {n} images, and not {y!r:.60}.')
     if a.dtype.kind == 'O':
         a = np.array(a.tolist())  # a column of numbers, or of words, that says it is of anything
     if a.dtype.kind == 'O' or a.dtype.kind == 'f' and np.isnan(a).any():

@@ -578,7 +578,7 @@ def start_from(path, model, settings, data, optimiser, *, seed):
     load_weights(path, model)
     done, curves = json.loads(settings)['extended'][-1], read_table(checked(path.parent/'curves.csv'))
     with torch.random.fork_rng():
-        torch.manual_seed(seed*2**32 + done)
+        torch.manual_seed(int(sha256(f'{seed} {done}'.encode()).hexdigest()[:8], 16))
         each = [dict(random=random_state(), rows=[])]
     state = optimiser(model.parameters()).state_dict()
     save_checkpoint(at, model=model.state_dict(), optimiser=state, each=each, step=done,

@@ -57,7 +57,7 @@ def publish_arms(study, runs, folder=None, name='arms'):
     processor, hash, and `arm_row` on the first 2,000 training images; the table."""
     x = pixels(load('mnist', 'train').x[:2000])
     there = [(labels, w) for labels, w in models_of(study, runs) if w.hash]
-    table = pd.DataFrame([labels | {'processor': PROCESSORS[w.seed], 'hash': w.hash}
+    table = pd.DataFrame([labels | {'processor': PROCESSORS.get(w.seed, 'not noted'), 'hash': w.hash}
                           | arm_row(restore(w, runs), x) for labels, w in there])
     save_table(table, name, folder or root()/'figures', floatfmt='.2f')
     return table
