@@ -19,8 +19,9 @@ from vae_robust.diagnosis import diagnose
 from vae_robust.judges import pretrained_judge
 from vae_robust.objectives import OBJECTIVES
 from vae_robust.robustness import pairs
-from vae_robust.settings import SettingsError, preset, read_table
-from vae_robust.studies import ask
+from vae_robust.experiments.confirm import JUDGES, is_lost
+from vae_robust.settings import SettingsError, preset, read_table, root
+from vae_robust.studies import ask, restore, weights
 from vae_robust.training import TrainingError, build, cosine, fit, pretrained
 from vae_robust.vae import elbo
 from vae_robust.yours import adapt
@@ -112,6 +113,22 @@ def test_a_walk_of_no_steps_has_the_numbers_of_the_model_itself(judge, test):
                        for rows in (none, still, walks))
     assert zero.pop('certified') is not None and bare.pop('certified') is not None  # NaN both
     assert zero == bare and two['error'] != bare['error']
+
+
+@pytest.mark.slow
+def test_a_model_without_a_defence_has_the_numbers_of_the_study():
+    "720 pairs of arm A under the study's attack, as figures/confirm_lost.csv has them."
+    study, table = preset('study.confirm'), read_table(root()/'figures'/'confirm_lost.csv')
+    known, test = table.query("model == 'arm_a' and seed == 100"), load('mnist', 'test')
+    seeing = ['residual', *JUDGES]
+    judges = [restore(weights(f'judge.{j}', preset(f'judge.{j}'), '', 0, ''), '') for j in seeing]
+    index = pairs(test.y, 8, study.draw)
+    rows = measured(NONE, pretrained('mnist/arm_a', 100), judges, {'strong': preset('attack.strong')},
+                    test, index)
+    said = lambda a: is_lost(known[[f'{a}_{j}' for j in JUDGES]].to_numpy(), known.source.to_numpy())
+    assert rows.image.tolist() == known.image.tolist()
+    assert rows.kept.tolist() == (~said('none')).tolist()
+    assert rows['suite.strong'].tolist() == said('strong').tolist()
 
 
 def test_no_attack_succeeds_inside_a_certificate(rehearsed, judge, test):

@@ -1,5 +1,5 @@
-"""How long the chapters take that one reads in a course: runs chapters 00 to 13 in full from a
-fresh clone of the last commit, each in a kernel of its own, on one thread and one pinned core.
+"""How long the chapters take: runs all of them in full from a fresh clone of the last commit, each
+in a kernel of its own, on one thread and one pinned core, and looks whether they left a trace.
 figures/chapters.csv and .md have a line for each chapter and for each of its cells over 5 seconds,
 and whether that cell showed a progress bar. Data sets that are in the data folder stay there.
 
@@ -15,7 +15,7 @@ from bench import machine
 from vae_robust.settings import save_table
 
 ROOT, CORE = Path(__file__).parent.parent, 1
-CHAPTERS = [f'{n:02}' for n in range(14)]
+CHAPTERS = sorted(f.name.split('_')[0] for f in (ROOT/'nbs').glob('*.ipynb'))
 SLOW = 5  # seconds after which a cell owes its reader a bar
 BAR = re.compile(r'\d+%\||\d+it ')
 
@@ -24,6 +24,12 @@ def clone(top):
     "A fresh clone of the last commit in the folder `top`."
     subprocess.run(['git', 'clone', '--quiet', '--shared', ROOT, top], check=True)
     return Path(top)
+
+
+def trace(top):
+    "What the chapters have left in a clone, as git sees it: ''."
+    status = ['git', 'status', '--porcelain']
+    return subprocess.run(status, cwd=top, check=True, capture_output=True, text=True).stdout
 
 
 def shows_bar(outputs):
@@ -69,8 +75,11 @@ def main(chapters):
         for chapter in chapters or CHAPTERS:
             tables.append(timed(next((top/'nbs').glob(f'{chapter}_*.ipynb'))))
             print(tables[-1].to_string(index=False, header=False, float_format='%.1f'), flush=True)
+            left = trace(top)
+            assert not left, f'Chapter {chapter} has left a trace:\n{left}'
     table = pd.concat(tables).round(1)
-    print(f'{table[table.cell == "all"].seconds.sum():.0f} s')
+    each = table[table.cell == 'all']
+    print(f'{each.seconds.sum():.0f} s, of which {each.CPU.sum():.0f} of CPU')
     if not chapters:
         save_table(table, 'chapters', ROOT/'figures', '.1f', machine=machine(), smallest=SLOW)
 
