@@ -260,5 +260,4 @@ def show_board(table, ax, title=''):
     ax.hlines(table.defence, table.low, table.high, color='C1', lw=1)
     for column, mark in {'suite': 'o', 'knows': 's', 'gradient_free': 'x'}.items():
         ax.plot(table[column], table.defence, mark, label=column.replace('_', ' '))
-    ax.set(title=title, xlabel='lost, %', xlim=(-3, 103))
-    ax.invert_yaxis()
+    ax.set(title=title, xlabel='lost, %', xlim=(-3, 103), ylim=(len(table) - .5, -.5))
