@@ -227,6 +227,13 @@ def test_an_attack_does_not_hang_on_what_the_program_has_set(name):
     assert torch.equal(plain, double) and torch.equal(plain, elsewhere)
 
 
+def test_a_model_is_adapted_whatever_the_default_device():
+    model = auto()
+    with torch.device('meta'):
+        adapted = adapt(model, (1, 8, 8))
+    assert adapted.n_z == 5
+
+
 def test_looking_does_not_hang_on_autocast():
     model = pretrained('mnist/disentangled')
     seen, code = reconstruct(model, BIG), encode(model.posterior, BIG).mean
@@ -256,7 +263,7 @@ def test_a_certificate_of_bytes_is_that_of_grey_values():
     model = build(preset('digits.fsq')).eval()
     x = torch.randint(60, 200, (4, 1, 32, 32), dtype=torch.uint8)
     assert torch.equal(certified_radius(model, x), certified_radius(model, x/255))
-    assert torch.equal(is_certified(model, x, .3), is_certified(model, x/255, .3))
+    assert torch.equal(is_certified(model, x.numpy(), .3), is_certified(model, x/255, .3))
 
 
 @pytest.mark.parametrize('judge, words', [(knows(1), r'not a tensor \(4, 1\)'),

@@ -1321,6 +1321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vae_robust.yours.learn': ('yours.html#learn', 'vae_robust/yours.py'),
                                   'vae_robust.yours.load_model': ('yours.html#load_model', 'vae_robust/yours.py'),
                                   'vae_robust.yours.no_divergence': ('yours.html#no_divergence', 'vae_robust/yours.py'),
+                                  'vae_robust.yours.noise_like': ('yours.html#noise_like', 'vae_robust/yours.py'),
                                   'vae_robust.yours.of_distribution': ('yours.html#of_distribution', 'vae_robust/yours.py'),
                                   'vae_robust.yours.of_features': ('yours.html#of_features', 'vae_robust/yours.py'),
                                   'vae_robust.yours.of_names': ('yours.html#of_names', 'vae_robust/yours.py'),

@@ -176,8 +176,8 @@ def measured(p, model, judges, attacks, test, index):
     certified, whether each of the `attempts` loses it, and `price`. The first of `judges` is the
     attackers'."""
     if len(judges) < 2: raise JudgeError('A board has a judge for attackers, and others to decide.')
-    (x, x_t), (y, target) = pixels(labelled(test).x[index]).unbind(1), test.y[index].unbind(1)
-    own, *deciding = judges
+    test, (own, *deciding) = labelled(test), judges
+    (x, x_t), (y, target) = pixels(test.x[index]).unbind(1), test.y[index].unbind(1)
     f = deployed(p, model)
     lost = lambda xs: is_lost(seen_by(f, deciding, xs, p.looks), y)
     rows = {'source': y, 'target': target, 'image': index[:, 0], 'kept': ~lost(x)}

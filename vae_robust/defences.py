@@ -174,7 +174,7 @@ def is_certified(model, x, eps) -> Tensor:
     `as_images`, has another code, but for rounding, for which 1e-5 is left: boolean (B,). `model`:
     a `VAE` with code = fsq and n_z = 0."""
     exact, eps = deepcopy(model).double().eval(), torch.as_tensor(eps).double().view(-1, 1, 1, 1)
-    x = x if x.is_floating_point() else pixels(as_images(x))
+    x = pixels(as_images(x))
     with torch.no_grad():
         low, high = heights(exact, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
     spare = 1e-5*(1 + torch.maximum(low.abs(), high.abs()))  # the model itself rounds in float32
@@ -185,7 +185,7 @@ def certified_radius(model, x, top=.4, halvings=12) -> PerImage:
     """The largest radius up to `top` at which images x (B, ...) are `is_certified`, (B,), to
     top/2**`halvings`; 0 where there is none so large."""
     low, high = torch.zeros(len(x)), torch.full((len(x),), top)
-    x = x if x.is_floating_point() else pixels(as_images(x))
+    x = pixels(as_images(x))
     for _ in range(halvings):
         middle = (low + high)/2
         holds = is_certified(model, x, middle)

@@ -440,10 +440,16 @@ def first_that_works(f, candidates):
             trouble.append(e)
     raise trouble[0]
 
+# %% ../nbs/29_yours.ipynb #daf32ef8
+def noise_like(n, shape):
+    "Noise in [0, 1), the same each time: float32 (n, *shape), on the CPU."
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(n, *shape, generator=g, dtype=torch.float32, device='cpu')
+
 # %% ../nbs/29_yours.ipynb #efce1e43
 def probes(x):
     "Images like x (B, C, H, W): these, their negatives, black, white, and noise."
-    noise = torch.rand(8, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+    noise = noise_like(8, x.shape[1:]).to(x)
     return torch.cat([x, 1 - x, torch.zeros_like(x[:1]), torch.ones_like(x[:1]), noise])
 
 # %% ../nbs/29_yours.ipynb #72e57b78
@@ -579,7 +585,7 @@ def example(model, like):
         raise ModelError('Nobody knows which images it takes: say adapt(model, x), with images, or '
                          'adapt(model, (3, 64, 64)).')
     if isinstance(like, tuple) and all(isinstance(n, int) for n in like):
-        return torch.rand(2, *like, generator=torch.Generator().manual_seed(0))
+        return noise_like(2, like)
     like = like[:2] if isinstance(like, Tensor) else like
     x = as_images(like, who='Images for adapt', error=ModelError)
     return pixels(x[:2]).float()
