@@ -1,10 +1,12 @@
 import json, math, os, shutil, signal, socket, subprocess, time
+from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd, pytest, torch, torch.distributed as dist
 from torch import nn
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -464,6 +466,31 @@ def test_half_the_bits_only_where_the_processor_has_them(tmp_path, monkeypatch, 
     assert all(map(torch.equal, *weights)) == (half == torch.float32)
     record = json.loads((tmp_path/'bfloat16'/'run.json').read_text())
     assert record['precision'] == str(half).removeprefix('torch.')
+
+
+@pytest.mark.parametrize('context', [nullcontext, partial(torch.autocast, 'cpu', torch.bfloat16),
+                                     partial(torch.autocast, 'cpu', enabled=False)])
+def test_half_the_bits_are_those_of_the_weights_of_the_step(context):
+    """torch keeps halved weights until the outermost autocast ends: a training within one
+    does not go on with those of its first step."""
+    x = torch.rand(64, 6)
+    def squares(model, batch, step):
+        loss = (model(batch) - 1).float().square().sum(1)
+        return Terms(loss.mean(), loss, loss[:, None], loss)
+    def fresh():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    ours, by_hand = fresh(), fresh()
+    with context():
+        fit(ours, squares, x, 20, 16, partial(SGD, lr=.01), precision=torch.bfloat16, progress=False)
+    opt = SGD(by_hand.parameters(), lr=.01)
+    for i in islice(minibatches(64, 16, 0), 20):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = squares(by_hand, x[i], 0).loss
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
 
 
 def test_a_dead_layer_is_seen():

@@ -217,6 +217,7 @@ def advance(model, objective, batch, step, optimiser, precision=torch.float32, p
     `averages` of the objective's terms. Raises `TrainingError`, before anything is changed, if the
     loss is not finite."""
     device = optimiser.param_groups[0]['params'][0].device.type
+    torch.clear_autocast_cache()  # within another autocast, halved weights outlive a step
     with unchecked(), torch.autocast(device, precision, enabled=precision != torch.float32):
         terms = objective(model, batch, step)
     if not math.isfinite(terms.loss.item()):
