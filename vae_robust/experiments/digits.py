@@ -81,20 +81,6 @@ def portrait(model, judge, test, n=100, K=1000, seed=0):
                     'recognised': 100*(seen == test.y).float().mean().item(),
                     'kl_per_latent': kl_per_latent}
 
-# %% ../../nbs/23_digits.ipynb #c6d64e2e
-def portrait_of(cell, runs):
-    "One row: the `portrait` of the model of a cell, with the cell's options as keywords."
-    (judge,), test = cell.judges.values(), load(cell.model.preset.data, 'test')
-    model, judge = restore(cell.model, runs), restore(judge, runs)
-    return pd.DataFrame([portrait(model, judge, test, **cell.options)])
-
-# %% ../../nbs/23_digits.ipynb #40e2ee44
-def portraits(study, runs, jobs=-1, **keys):
-    "The `portrait` of every model and seed of a `Study`, with the keywords `keys`: a data frame."
-    prepare(study, runs, jobs=jobs)
-    table = table_of(ask(looks_of(study, runs, 'portrait', **keys), portrait_of, runs, jobs=jobs))
-    return table[['model', 'seed', *table.columns[:-2]]]
-
 # %% ../../nbs/23_digits.ipynb #ac1b9cc8
 def mean_of(table, k):
     """Of one model under one attack the mean over seeds of the mean over class pairs of the rate
@@ -133,30 +119,9 @@ def matrix(counts, k='missed'):
     a[counts.source, counts.target] = 100*counts[k]/counts.kept.where(counts.kept > 0)
     return a
 
-# %% ../../nbs/23_digits.ipynb #5ed312ab
-def show_matrix(a, ax, title):
-    "Draw a 10 x 10 array of percentages as a heat map with its numbers."
-    ax.imshow(a, vmin=0, vmax=100)
-    for (i, j), v in np.ndenumerate(a):
-        if np.isfinite(v):
-            ax.text(j, i, f'{v:.0f}', ha='center', va='center', size=7, color='wk'[int(v >= 60)])
-    ax.set(title=title, xlabel='target', xticks=range(10), yticks=range(10))
-
-# %% ../../nbs/23_digits.ipynb #8a7b930d
+# %% ../../nbs/23_digits.ipynb #6afb2f24
 COUNTS = ['kept', 'missed', 'hit']
 
-def matrices(table, attack):
-    "One heat map per model of AS_ignore-target under `attack`; a figure."
-    mine, models = table[table.attack == attack], table.model.unique()
-    fig, axs = plt.subplots(1, len(models), figsize=(3.6*len(models), 3.8), layout='constrained')
-    for ax, m in zip(axs, models):
-        pooled = mine[mine.model == m].groupby(['source', 'target'], as_index=False)[COUNTS].sum()
-        show_matrix(matrix(pooled), ax, m)
-    axs[0].set_ylabel('source')
-    fig.suptitle(f'AS ignore-target, %, attack {attack}')
-    return fig
-
-# %% ../../nbs/23_digits.ipynb #6afb2f24
 def beside(table, attack='thesis', k='missed'):
     """For each model, source and target: our rate under `attack`, percent, seeds pooled (`ours`),
     and the thesis's, of both runs (`text`, `second`)."""
@@ -177,6 +142,41 @@ def adversarial_grid(model, x, x_t, xs, *, ax=None, title=None):
 def nine_pairs(test):
     "Sources of nine classes and targets of other classes: two (9, C, H, W)."
     return pixels(test.x[pairs(test.y, 1)[1::10]]).unbind(1)
+
+# %% ../../nbs/23_digits.ipynb #c6d64e2e
+def portrait_of(cell, runs):
+    "One row: the `portrait` of the model of a cell, with the cell's options as keywords."
+    (judge,), test = cell.judges.values(), load(cell.model.preset.data, 'test')
+    model, judge = restore(cell.model, runs), restore(judge, runs)
+    return pd.DataFrame([portrait(model, judge, test, **cell.options)])
+
+# %% ../../nbs/23_digits.ipynb #40e2ee44
+def portraits(study, runs, jobs=-1, **keys):
+    "The `portrait` of every model and seed of a `Study`, with the keywords `keys`: a data frame."
+    prepare(study, runs, jobs=jobs)
+    table = table_of(ask(looks_of(study, runs, 'portrait', **keys), portrait_of, runs, jobs=jobs))
+    return table[['model', 'seed', *table.columns[:-2]]]
+
+# %% ../../nbs/23_digits.ipynb #5ed312ab
+def show_matrix(a, ax, title):
+    "Draw a 10 x 10 array of percentages as a heat map with its numbers."
+    ax.imshow(a, vmin=0, vmax=100)
+    for (i, j), v in np.ndenumerate(a):
+        if np.isfinite(v):
+            ax.text(j, i, f'{v:.0f}', ha='center', va='center', size=7, color='wk'[int(v >= 60)])
+    ax.set(title=title, xlabel='target', xticks=range(10), yticks=range(10))
+
+# %% ../../nbs/23_digits.ipynb #8a7b930d
+def matrices(table, attack):
+    "One heat map per model of AS_ignore-target under `attack`; a figure."
+    mine, models = table[table.attack == attack], table.model.unique()
+    fig, axs = plt.subplots(1, len(models), figsize=(3.6*len(models), 3.8), layout='constrained')
+    for ax, m in zip(axs, models):
+        pooled = mine[mine.model == m].groupby(['source', 'target'], as_index=False)[COUNTS].sum()
+        show_matrix(matrix(pooled), ax, m)
+    axs[0].set_ylabel('source')
+    fig.suptitle(f'AS ignore-target, %, attack {attack}')
+    return fig
 
 # %% ../../nbs/23_digits.ipynb #5b85ba97
 def first_models(study, runs):
