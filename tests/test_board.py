@@ -8,10 +8,10 @@ from torch import nn
 from torch.optim import Adam
 from typer.testing import CliRunner
 
-from vae_robust import board
-from vae_robust.board import (attempts, before, board_cells, board_of, defended_of, deployed,
-                              makers, measured, nats_of, over_noise, publish_board, seen_by,
-                              share, sort_of, summary, tuned)
+from vae_robust.experiments import board
+from vae_robust.experiments.board import (attempts, before, board_cells, board_of, defended_of,
+                                          deployed, makers, measured, nats_of, over_noise,
+                                          publish_board, seen_by, share, sort_of, summary, tuned)
 from vae_robust.cli import app
 from vae_robust.data import ImageData, load, pixels
 from vae_robust.defences import Corrected, boxed

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 
-from vae_robust import board, cli, diagnosis, judges, robustness
+from vae_robust import cli, diagnosis, judges, robustness
+from vae_robust.experiments import board
 from vae_robust.data import ImageData, attributes, cartoons, load, pixels, resize
 from vae_robust.discrete import FIRST, SELECT, SLACK, nearby, planned
 from vae_robust.experiments import confirm, faces, interchange, series, tables

@@ -393,7 +393,7 @@ def board(name: BoardName = 'board.main', runs: Runs = RUNS, jobs: Jobs = -1,
     """Train and attack the defences of a board as far as that is missing, and write its table to
     figures/. Interrupt it when you like; it goes on."""
     from vae_robust import studies
-    from vae_robust.board import before, board_cells, makers, publish_board
+    from vae_robust.experiments.board import before, board_cells, makers, publish_board
     pool, asked = pool_of(backend, jobs), read_preset(wanted(name, 'board'))
     todo = [*studies.untrained(before(asked), runs, judged=False),
             *studies.untrained(asked, runs, makers(runs))]
