@@ -364,7 +364,11 @@ def test_objectives_are_what_their_names_say(name, double):
             'l_vae': lambda: negative_bound(model)(q, x_t),
             'classifier': lambda: nn.functional.cross_entropy(of_code(x), of_code(x_t).argmax(1),
                                                               reduction='none'),
-            'judge': lambda: ahead(scores, y)}[name]()
+            'judge': lambda: ahead(scores, y)}
+    assert set(want) <= set(OBJECTIVES)
+    if name not in want:
+        pytest.skip('whoever adds an objective checks it in chapter 13, beside it')
+    want = want[name]()
     torch.testing.assert_close(OBJECTIVES[name](model, x_t, 'codes', judges.get(name))(x), want)
     away = preset('attack.untargeted', objective=name, features='codes')
     # away from x_t as the source

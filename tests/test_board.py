@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from vae_robust.experiments import board
 from vae_robust.experiments.board import (attempts, before, board_cells, board_of, defended_of,
                                           deployed, makers, measured, nats_of, over_noise,
-                                          publish_board, seen_by, share, sort_of, summary, tuned)
+                                          numbers, publish_board, seen_by, share, sort_of,
+                                          tuned)
 from vae_robust.cli import app
 from vae_robust.data import ImageData, load, pixels
 from vae_robust.defences import Corrected, boxed
@@ -109,7 +110,7 @@ def test_a_walk_of_no_steps_has_the_numbers_of_the_model_itself(judge, test):
     walk = lambda n: preset('defence.langevin', data='digits', walk=n)
     none, still, walks = (measured(p, model, [judge, judge], attacks, test, index)
                           for p in (NONE, walk(0), walk(2)))
-    bare, zero, two = ({k: v for k, v in summary(rows).items() if k != 'seconds'}
+    bare, zero, two = ({k: v for k, v in numbers(rows).items() if k != 'seconds'}
                        for rows in (none, still, walks))
     assert zero.pop('certified') is not None and bare.pop('certified') is not None  # NaN both
     assert zero == bare and two['error'] != bare['error']
@@ -141,7 +142,7 @@ def test_no_attack_succeeds_inside_a_certificate(rehearsed, judge, test):
     fell = rows.filter(regex=r'\.').any(axis=1) & rows.kept
     assert rows.certified.sum() > 5 and fell.any()
     assert not (fell & rows.certified).any()
-    assert 0 < summary(rows)['certified'] < 100 - summary(rows)['knows']
+    assert 0 < numbers(rows)['certified'] < 100 - numbers(rows)['knows']
 
 
 # ------------------------------------------------------------------ saboteurs
@@ -177,7 +178,8 @@ def test_random_squares_find_what_a_model_without_a_slope_hides(judge, test):
     attacks = {a: preset(f'attack.{a}', steps=n, restarts=1)
                for a, n in (('strong', 3), ('output_code', 3), ('judge_square', 100))}
     model = pretrained('mnist/entangled')
-    of = lambda f: summary(measured(NONE, f, [judge, judge], attacks, test, pairs(test.y, 1)[::2]))
+    half = pairs(test.y, 1)[::2]
+    of = lambda f: numbers(measured(NONE, f, [judge, judge], attacks, test, half))
     coarse, honest = of(Coarse(model).eval()), of(model)
     assert coarse['gradient_free'] > coarse['knows'] + 20
     assert honest['knows'] > coarse['knows'] + 20
@@ -316,7 +318,7 @@ def rows_of(**columns):
 def test_rates_by_hand():
     rows = rows_of(**{'suite.a': [1, 0, 0, 1, 0, 0], 'suite.b': [1, 0, 0, 0, 1, 0],
                       'knows.c': [0, 1, 0, 1, 0, 0], 'free.d': [0, 0, 1, 1, 0, 0]})
-    said = summary(rows.astype(dict.fromkeys(rows.filter(regex=r'\.'), bool)))
+    said = numbers(rows.astype(dict.fromkeys(rows.filter(regex=r'\.'), bool)))
     assert math.isnan(said.pop('certified'))
     rate = lambda a, b: 100*(a/3 + b/2)/2
     wanted = {'suite': rate(1, 1), 'knows': rate(2, 1), 'gap': rate(1, 0)} | PRICED
@@ -363,5 +365,5 @@ def test_a_strangers_model_gets_a_row(judge, test):
     attacks = {a: preset(f'attack.{a}', steps=2, restarts=1) for a in ('output', 'output_code')}
     rows = measured(NONE, adapt(Half().eval(), x), [judge, judge], attacks, test,
                     pairs(test.y, 1)[::9])
-    said = summary(rows)
+    said = numbers(rows)
     assert said['recognised'] > 30 and math.isnan(said['nats']) and math.isnan(said['certified'])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
-from vae_robust.claims import KINDS, ask_table, claims, recomputed, shown
-from vae_robust.settings import TableError
+from vae_robust.claims import AGGREGATES, ask_table, claims, recomputed, shown
+from vae_robust.settings import TableError, read_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
@@ -61,6 +61,22 @@ def filled(sentence, table):
         value = table.loc[m[1], m[2] or 'value']
         return '+'*bool(m[3] and value > 0) + shown(value, int(m[4]))
     return PLACE.sub(text, sentence)
+
+
+WORDS = 'none one two three four five six seven eight nine ten'.split()
+
+
+def in_words():
+    "Parts of the README whose numbers are words, with those of figures/confirm_tests.csv."
+    tests = read_table(ROOT/'figures'/'confirm_tests.csv')
+    alike = WORDS[(tests.word == tests.word[0]).sum()]
+    return [f'of {WORDS[tests.n.min()]} training seeds of each kind',
+            f'all {alike} of its tests say *{tests.word[0]}*']
+
+
+@pytest.mark.parametrize('part', in_words())
+def test_numbers_in_words_are_those_of_the_table(part):
+    assert part in README
 
 
 def missing(readme, table, sentences=SENTENCES):
@@ -169,5 +185,5 @@ def test_a_query_by_hand(tmp_path):
     assert ask_table('made', "estimate gap where goal == 'b'", tmp_path) == (2, 1, 4, 1)
     made.assign(n=5).to_csv(tmp_path/'made.csv', index=False)
     assert ask_table('made', "estimate gap where goal == 'a'", tmp_path) == (1, 0, 3, 5)
-    assert set(KINDS) == {'rate', 'rate_gap', 'rise', 'cell', 'inverse', 'estimate', 'total',
+    assert set(AGGREGATES) == {'rate', 'rate_gap', 'rise', 'cell', 'inverse', 'estimate', 'total',
                           'average'}

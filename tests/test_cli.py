@@ -161,9 +161,20 @@ def test_a_file_of_weights_is_attacked(tmp_path):
 
 def test_what_needs_a_checkout_says_so_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr('vae_robust.cli.root', lambda: tmp_path)
-    monkeypatch.setattr('vae_robust.cli.report', None)
+    monkeypatch.setattr('vae_robust.cli.report_job', None)
     done = CliRunner().invoke(app, ['reproduce', '--everything'])
     assert done.exit_code == 1 and 'clone the repository' in done.output
+
+
+def test_answers_of_earlier_versions_are_left_alone_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr('vae_robust.cli.report_job', lambda *words: print('the job'))
+    assert invoked('reproduce', '--job', 'job.smoke', '--runs', tmp_path) == 'the job\n'
+    old = tmp_path/'train.smoke'/'digits.entangled'/'seed0'/'strong.20.csv'
+    old.parent.mkdir(parents=True)
+    old.write_text('kept,missed\n1,1\n')
+    said = invoked('reproduce', '--job', 'job.smoke', '--runs', tmp_path).replace('\n', ' ')
+    assert '1 answers of an earlier version' in said and 'strong.20.csv, are not read' in said
+    assert old.read_text() == 'kept,missed\n1,1\n'
 
 
 def test_changed_settings_have_a_folder_of_their_own(tmp_path):

@@ -11,8 +11,8 @@ from scipy import stats
 from vae_robust import data, training
 from vae_robust.experiments import comparison
 from vae_robust.experiments.comparison import (agreements, best, cells, compare, costs, differences,
-                                   frames, heat, mean_costs, publish, rank_correlations, sample,
-                                   save_gif, scores, shipped_models, summary)
+                                   frames, heat, mean_costs, publish_comparison, rank_correlations, sample,
+                                   save_gif, scores, shipped_models, over_seeds)
 from vae_robust.data import pixels
 from vae_robust.metrics import mig, udr
 from vae_robust.settings import preset, read_table, write
@@ -122,7 +122,7 @@ def toy(values):
 
 def test_the_interval_is_that_of_the_t_test():
     xs = [.1, .25, .13]
-    row = summary(toy({'vae': xs, 'tc': [.3]})).set_index('model')
+    row = over_seeds(toy({'vae': xs, 'tc': [.3]})).set_index('model')
     low, high = stats.ttest_1samp(xs, 0).confidence_interval(.95)
     assert row.loc['vae', 'mean'] == pytest.approx(np.mean(xs))
     assert row.half['vae'] == pytest.approx((high - low)/2)
@@ -186,7 +186,7 @@ def test_compare_trains_scores_and_resumes(small, tmp_path, monkeypatch):
 
 def test_publish_takes_what_is_there(small, tmp_path):
     compare(tmp_path, (0,), tmp_path/'figures')
-    t = publish(tmp_path, tmp_path/'figures', (0, 1, 2))
+    t = publish_comparison(tmp_path, tmp_path/'figures', (0, 1, 2))
     assert set(t.seed) == {0} and 'UDR' not in set(t.measure)
 
 def test_agreements_are_udr_of_all_seeds(monkeypatch):

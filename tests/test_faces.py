@@ -660,11 +660,11 @@ def test_a_folder_in_celebas_layout_goes_through_the_whole_path(celeba, tmp_path
     for module in (ch15, studies):
         monkeypatch.setattr(module, 'preset', shorter)
     monkeypatch.setattr(ch15, 'dead', lambda model, x: False)                            # three steps
-    ch15.images.cache_clear()
+    ch15.faces_of.cache_clear()
     seeds = ch15.report_faces('job.celeba', tmp_path/'runs', tmp_path/'out')
     again = ch15.report_faces('job.celeba', tmp_path/'runs', tmp_path/'out')  # taken up: the same numbers
     pd.testing.assert_frame_equal(again, seeds, check_exact=True)
-    ch15.images.cache_clear()
+    ch15.faces_of.cache_clear()
     assert sorted(f.name for f in (tmp_path/'out').iterdir()) == [
         'celeba.csv', 'celeba.md', 'celeba_adversarial_disentangled.png',
         'celeba_adversarial_entangled.png', 'celeba_differences.csv', 'celeba_differences.md']

@@ -49,7 +49,7 @@ def test_named_packages_are_there():
 
 def test_commands_of_the_readme_exist():
     from vae_robust.cli import app
-    commands = {c.callback.__name__ for c in app.registered_commands}
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     shell = '\n'.join(fences('sh') + re.findall('`([^`\n]+)`', README))
     assert re.findall(r'^make (\w+)', shell, re.M)
     assert set(re.findall(r'\bmake (\w+)', shell)) <= targets()

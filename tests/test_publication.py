@@ -103,7 +103,7 @@ def test_make_run_on_another_processor_leaves_figures(top, smoke_job, monkeypatc
     shutil.copytree(smoke_job/'runs', top/'runs')
     monkeypatch.setattr(cli, 'read_preset', lambda name: preset('job.smoke'))
     monkeypatch.setenv('VAE_ROBUST_PUBLISH', '1')
-    cli.report('job.main', top/'runs')
+    cli.report_job('job.main', top/'runs')
     assert 'runs/figures' not in capsys.readouterr().out
     monkeypatch.setenv('VAE_ROBUST_PUBLISH', '0')
     here = read_table(top/'figures'/'means.csv')
@@ -111,7 +111,7 @@ def test_make_run_on_another_processor_leaves_figures(top, smoke_job, monkeypatc
     facts = settings.facts_of(top/'figures'/'means.csv')
     save_table(there, 'means', top/'figures', **{k: v for k, v in facts.items() if k != 'commit'})
     before = files(top/'figures')
-    cli.report('job.main', top/'runs')
+    cli.report_job('job.main', top/'runs')
     assert files(top/'figures') == before
     assert {*files(top/'runs'/'figures')} == {'means.csv', 'means.md'}
     assert read_table(top/'runs'/'figures'/'means.csv').equals(here)

@@ -1,14 +1,22 @@
 import json, os, platform, subprocess, sys, threading, time
 from pathlib import Path
+from typing import get_args
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from PIL import Image
 
 from vae_robust import settings
 from vae_robust.experiments import comparison
+from vae_robust.experiments.board import TUNED
+from vae_robust.judges import JUDGE_NETWORKS
+from vae_robust.objectives import FEATURES, OBJECTIVES
+from vae_robust.optimisers import BALLS, OPTIMISERS
+from vae_robust.settings import AttackPreset, DefencePreset, JudgePreset, ModelPreset
 from vae_robust.settings import (DiskError, SettingsError, TableError, facts_of, keep_table, locked,
                                  kept_table, preset, read_settings, read_table, root, save_csv,
                                  save_figure, save_table, temporary, write)
+from vae_robust.training import LOSSES, SCHEDULES
+from vae_robust.vae import LIKELIHOODS, NETWORKS
 
 
 @pytest.fixture
@@ -359,3 +367,14 @@ def test_what_no_model_and_no_table_could_have_is_refused_when_it_is_read(name, 
     with pytest.raises(SettingsError, match=words) as e:
         preset(name, **change)
     assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('kind, key, names', [
+    (ModelPreset, 'likelihood', LIKELIHOODS), (ModelPreset, 'objective', LOSSES),
+    (ModelPreset, 'schedule', SCHEDULES), (ModelPreset, 'network', NETWORKS),
+    (JudgePreset, 'network', JUDGE_NETWORKS), (AttackPreset, 'objective', OBJECTIVES),
+    (AttackPreset, 'features', FEATURES), (AttackPreset, 'ball', BALLS),
+    (AttackPreset, 'optimiser', OPTIMISERS), (DefencePreset, 'objective', {'none': None} | TUNED)])
+def test_a_choice_is_what_its_registry_has(kind, key, names):
+    "`settings` imports nothing of the package: it says the names of each registry again."
+    assert sorted(get_args(kind.model_fields[key].annotation)) == sorted(names)

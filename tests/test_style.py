@@ -182,6 +182,23 @@ def public():
     return {f: names for f, names in found.items() if f != 'vae_robust/__init__.py'}
 
 
+def defined():
+    "The names that each module defines at its top level: [(name, file)]."
+    for f in FILES:
+        if not f.startswith('vae_robust/') or f.endswith(('_modidx.py', '__init__.py')): continue
+        for n in ast.parse((ROOT/f).read_text()).body:
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+                yield n.name, f
+            for target in getattr(n, 'targets', []):
+                if isinstance(target, ast.Name) and target.id != '__all__':
+                    yield target.id, f
+
+
+def test_no_public_name_has_another_meaning_elsewhere():
+    home = {name: f for f, names in public().items() for name in names}
+    assert [(name, f) for name, f in defined() if home.get(name, f) != f] == []
+
+
 def test_there_are_few_public_names_and_each_has_one_meaning():
     names = public()
     where = {n: [f for f in names if n in names[f]] for n in sum(names.values(), [])}

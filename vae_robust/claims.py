@@ -69,7 +69,7 @@ def average(rows, column):
     return rows[column].mean(), None, None, len(rows)
 
 # %% ../nbs/A4_claims.ipynb #04f5c558
-KINDS = {f.__name__: f for f in (rate, rate_gap, rise, cell, inverse, estimate, total,
+AGGREGATES = {f.__name__: f for f in (rate, rate_gap, rise, cell, inverse, estimate, total,
                              average)}
 
 def ask_table(study, query, folder=None):
@@ -77,7 +77,7 @@ def ask_table(study, query, folder=None):
     what, _, condition = query.partition(' where ')
     rows = study_table(study, folder)
     kind, *words = shlex.split(what)
-    return KINDS[kind](rows.query(condition) if condition else rows, *words)
+    return AGGREGATES[kind](rows.query(condition) if condition else rows, *words)
 
 # %% ../nbs/A4_claims.ipynb #69a51ef7
 def claims(folder=None):

@@ -187,7 +187,7 @@ def home_of(name, pairs, pictures):
 
 # %% ../nbs/A7_cli.ipynb #4bab3ce8
 @command
-def train(name: argument('A section of settings.ini, such as mnist.disentangled.', 'model'),
+def train_(name: argument('A section of settings.ini, such as mnist.disentangled.', 'model'),
           length: Length = None, seed: Seed = 0, set: Set = None, runs: Runs = RUNS,
           device: Device = 'cpu', data: OwnData = None, steps: Steps = None):
     "Train a model; an unfinished run goes on, a finished one is only reported."
@@ -257,7 +257,7 @@ def on_device(device, model, judge, test):
 
 # %% ../nbs/A7_cli.ipynb #f6d9708f
 @command
-def attack(name: argument('A model, such as mnist.disentangled, or its folder or file.', 'model'),
+def attack_(name: argument('A model, such as mnist.disentangled, or its folder or file.', 'model'),
            attack: Attack = 'attack.strong', judge: Judge = 'judge.residual',
            length: Trained = 'shipped', seed: Seed = 0, set: Set = None, runs: Runs = RUNS,
            data: OwnData = None, device: Device = 'cpu', every: Every = False):
@@ -296,7 +296,7 @@ def show_gaps(table, folder, job):
     print(settings.markdown(gaps, FORMATS))
 
 # %% ../nbs/A7_cli.ipynb #39bc1fee
-def report(job, runs, folder=None):
+def report_job(job, runs, folder=None):
     """Compute what is missing of a job, print its results, and write its tables and figures to
     `folder` (job.main: `settings.put` decides, others: their own in `runs`)."""
     from vae_robust import settings
@@ -308,6 +308,14 @@ def report(job, runs, folder=None):
         show_gaps(table, folder, job)
     otherwise = '' if folder or settings.publishing() else ', and what differs here in runs/figures'
     print(f'Tables and figures: {folder or root()/"figures"}{otherwise}')
+
+# %% ../nbs/A7_cli.ipynb #195a42f8
+def earlier(runs):
+    "A sentence about answers that versions before the cache left in the folder `runs`, or ''."
+    found = sorted(runs.glob('*/*/seed*/*.[0-9]*.csv'))
+    if not found: return ''
+    return (f'{len(found)} answers of an earlier version, such as {found[0]}, are not read; '
+            'what they say is asked again.')
 
 # %% ../nbs/A7_cli.ipynb #1585f28c
 Folder = option(Path | None, 'Where figures and tables go.',
@@ -328,7 +336,8 @@ def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Folder = None,
                             'leave --folder and --runs out.')
     if everything:
         os.environ.setdefault('VAE_ROBUST_PUBLISH', '1')
-    report(job, runs, folder)
+    if said := earlier(runs): print(said)
+    report_job(job, runs, folder)
     if everything:
         all_of_it(runs)
 
@@ -371,7 +380,7 @@ def study(name: StudyName, runs: Runs = RUNS, jobs: Jobs = -1, backend: Backend 
     pool = pool_of(backend, jobs)
     asked, dose = read_preset(wanted(name, 'study', 'dose')), name.startswith('dose.')
     sides = (series.sides_of(asked, runs) if dose else [studies.cells_of(asked, runs)]
-             if asked.draw is None else confirm.sides_of(asked, runs))
+             if asked.draw is None else confirm.both_measures(asked, runs))
     print(forecast(name, studies.untrained(asked, runs), sides, runs))
     if dry_run: return
     folder = figures or root()/'figures'                        # a study is there to be published

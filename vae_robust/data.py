@@ -489,7 +489,7 @@ def seen(f, phi):
 # %% ../nbs/01_data.ipynb #d94efef5
 ALL = 0, 64, 0, 64
 
-def grid(top, bottom, left, right):
+def middles(top, bottom, left, right):
     "The middles of the pixels of a box: x (W,) and y (H, 1)."
     return torch.arange(left, right) + .5, torch.arange(top, bottom)[:, None] + .5
 
@@ -510,24 +510,24 @@ def painted(x, shapes):
 # %% ../nbs/01_data.ipynb #df9aeeea
 def behind(f):
     "Hair behind the head, neck and shirt: triples of box, colour and signed distance."
-    long = ellipse(grid(*ALL), (32, 40), (f['a'] + 6, 34))
-    short = ellipse(grid(*ALL), (32 - 2*f['turn'], 29), (f['a'] + 2.5, 25))
+    long = ellipse(middles(*ALL), (32, 40), (f['a'] + 6, 34))
+    short = ellipse(middles(*ALL), (32 - 2*f['turn'], 29), (f['a'] + 2.5, 25))
     yield ALL, .8*f['locks'], unless(f['style'] == 0, torch.where(f['style'] == 2, long, short))
     low = 50, 64, 0, 64
-    yield low, .8*f['skin'], (grid(*low)[0] - 32).abs() - 6.5
-    yield low, SHIRT, ellipse(grid(*low), (32, 76), (30, 16))
+    yield low, .8*f['skin'], (middles(*low)[0] - 32).abs() - 6.5
+    yield low, SHIRT, ellipse(middles(*low), (32, 76), (30, 16))
 
 # %% ../nbs/01_data.ipynb #5b7ae722
 def head(f):
     "The head, lit from one side: box, colour and signed distance."
-    shade = 1 + f['light']*((grid(*ALL)[0] - 32)/f['a']).clamp(-1, 1)
-    yield ALL, (f['skin']*shade[:, None]).clamp(0, 1), ellipse(grid(*ALL), (32, 36), (f['a'], 23))
+    shade = 1 + f['light']*((middles(*ALL)[0] - 32)/f['a']).clamp(-1, 1)
+    yield ALL, (f['skin']*shade[:, None]).clamp(0, 1), ellipse(middles(*ALL), (32, 36), (f['a'], 23))
 
 # %% ../nbs/01_data.ipynb #e1ffedb7
 def fringe(f):
     "Hair over the forehead: box, colour and signed distance."
     box = 4, 40, 0, 64
-    x, y = grid(*box)
+    x, y = middles(*box)
     s, cap = ((x - 32 - 6*f['turn'])/f['a'])**2, ellipse((x, y), (32, 35), (f['a'] + 1.5, 25.5))
     line = torch.where(f['style'] == 3, 25.5 - 1.5*s,
                        torch.where(f['style'] == 2, 15 + 16*s, 17.5 + 9*s))
@@ -538,7 +538,7 @@ def eyes(f):
     "Eyes, with what the lids leave of them, and brows: box, colour and signed distance of each."
     box = 22, 41, 6, 58
     for side in (-.46, .46):
-        (x, y), (ex, narrow) = grid(*box), seen(f, side)
+        (x, y), (ex, narrow) = middles(*box), seen(f, side)
         white, u = ellipse((x, y), (ex, 32), (4.6*narrow, f['open'])), (x - ex)/(5*narrow)
         yield box, torch.tensor(.97), white
         yield box, INK, torch.maximum(ellipse((x, y), (ex, 32), (2.2*narrow, 2.2)), white)
@@ -551,8 +551,8 @@ def glasses(f):
     for side in (-.46, .46):
         ex, narrow = seen(f, side)
         yield box, INK, unless(f['glasses'] == 0,
-                               ellipse(grid(*box), (ex, 32), (6.8*narrow, 6)).abs() - .75)
-    x, y = grid(*box)
+                               ellipse(middles(*box), (ex, 32), (6.8*narrow, 6)).abs() - .75)
+    x, y = middles(*box)
     yield box, INK, unless(f['glasses'] == 0,
                            torch.maximum((y - 31).abs() - .6, (x - seen(f, 0)[0]).abs() - 2.2))
 
@@ -560,10 +560,10 @@ def glasses(f):
 def nose_and_mouth(f):
     "Nose and mouth: box, colour and signed distance of each."
     box = 34, 46, 12, 52
-    yield box, .72*f['skin'], ellipse(grid(*box),
+    yield box, .72*f['skin'], ellipse(middles(*box),
                                       (32 + 1.12*f['a']*torch.sin(f['turn']), 40), (1.8, 3.6))
     box, (mx, narrow), h = (41, 58, 8, 56), seen(f, 0), 4.5*f['smile']
-    x, y = grid(*box)
+    x, y = middles(*box)
     u = (x - mx)/(8.5*narrow)
     lips = (y - 47.5 + h/3 - h*(1 - u*u)).abs()/(1 + (2*h*u/8.5)**2).sqrt() - 1.1
     yield box, LIPS*(.5 + .5*f['skin']), torch.maximum(lips, 8.5*(u.abs() - 1))
@@ -573,7 +573,7 @@ def cartoon(k):
     """Cartoon faces of classes `k`, int64 (N, 10), in the order of `CARTOON`:
     float32 (N, 3, 64, 64) in [0, 1]."""
     f = face(k)
-    x = (f['ground']*(1.08 - .005*grid(*ALL)[1])).expand(-1, -1, 64, 64).clone()
+    x = (f['ground']*(1.08 - .005*middles(*ALL)[1])).expand(-1, -1, 64, 64).clone()
     for part in (behind, head, fringe, eyes, glasses, nose_and_mouth):
         painted(x, part(f))
     return x.clamp(0, 1)
@@ -709,7 +709,7 @@ def opened(file, mode='RGB', ground='white'):
         return image.convert(mode)
 
 # %% ../nbs/01_data.ipynb #d15c0101
-def square(image):
+def face_square(image):
     """A PIL image, 178 x 218 as in CelebA or square, as uint8 (3, 64, 64):
     the thesis's crop of the one, all of the other. Raises `ValueError` for other shapes."""
     w, h = image.size
@@ -727,7 +727,7 @@ class Form(NamedTuple):
     shape: tuple
     decode: Callable
 
-FACE = Form((3, 64, 64), lambda file: square(opened(file)))
+FACE = Form((3, 64, 64), lambda file: face_square(opened(file)))
 
 def decode_block(files, out, form):
     """Decode the pictures `files` into `out`, uint8 (n, C, H, W), in a `Form`;

@@ -49,7 +49,7 @@ class ModelPreset(Preset):
     """What to train and how; a section `[data.name]`. Capacities in nats, `steps` and `C_steps`
     in optimiser steps, `size` in pixels; each of the `categoricals` has `n_c` classes."""
     data: str
-    likelihood: Literal['bernoulli', 'gaussian']
+    likelihood: Literal['bernoulli', 'continuous_bernoulli', 'gaussian']
     n_z: Annotated[int, Field(ge=0, le=65536)]
     n_c: Annotated[int, Field(ge=0, le=65536)]
     tau: Positive

@@ -151,7 +151,7 @@ def decoder(channels, size, n_in):
 # %% ../nbs/04_vae.ipynb #2c704ca9
 FILTERS = 128, 256, 512, 1024
 
-def normed(layer, n):
+def normalised(layer, n):
     "A layer with `n` channels of output, batch normalisation (4.11a) and a leaky ReLU."
     return layer, nn.BatchNorm2d(n), nn.LeakyReLU(.2)
 
@@ -165,7 +165,7 @@ def large_encoder(channels, size, n_out):
     a normed 4x4 stride-2 convolution per halving of the side down to 4, one dense layer."""
     widths = [channels, *filters(size)]
     convs = [m for i, o in zip(widths, widths[1:])
-             for m in normed(nn.Conv2d(i, o, 4, 2, 1, bias=False), o)]
+             for m in normalised(nn.Conv2d(i, o, 4, 2, 1, bias=False), o)]
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(16*widths[-1], n_out))
 
 # %% ../nbs/04_vae.ipynb #21af64a2
@@ -175,7 +175,7 @@ def large_decoder(channels, size, n_in):
     *widths, last = filters(size)[::-1]
     convs = [m for i, o in zip(widths, [*widths[1:], last])
              for m in (nn.Upsample(scale_factor=2),
-                       *normed(nn.Conv2d(i, o, 3, 1, 1, bias=False), o))]
+                       *normalised(nn.Conv2d(i, o, 3, 1, 1, bias=False), o))]
     return nn.Sequential(nn.Linear(n_in, 16*widths[0]), nn.Unflatten(1, (widths[0], 4, 4)),
                          nn.BatchNorm2d(widths[0]), nn.LeakyReLU(.2), *convs,
                          nn.Upsample(scale_factor=2), nn.Conv2d(last, channels, 3, 1, 1))

@@ -553,10 +553,10 @@ class Yours(nn.Module):
         raise ModelError(f'{name} has no decoder, so nothing is rebuilt: attack its features '
                          '(objective = latent), or add decode.')
 
-    def __repr__(self): return f'{type(self.model).__name__}, recognised as {summary(self)}'
+    def __repr__(self): return f'{type(self.model).__name__}, recognised as {recognised(self)}'
 
 # %% ../nbs/29_yours.ipynb #6d316216
-def summary(m):
+def recognised(m):
     "What was recognised in a `Yours`, in one line."
     r, points = m.reading, getattr(m, 'points', False)
     kind = 'numbers without a distribution' if points else 'Gaussian latents'

@@ -194,7 +194,7 @@ def share(rows, mask):
     return class_rates(arm, rows.source.to_numpy())[0]
 
 # %% ../../nbs/31_board.ipynb #ab53367e
-def summary(rows):
+def numbers(rows):
     "The numbers of a board of one model's rows of `measured`: a dict."
     fell = {s: rows.filter(regex=rf'^{s}\.').any(axis=1) for s in ('suite', 'knows', 'free')}
     suite, knows = (share(rows, m) for m in (fell['suite'], fell['suite'] | fell['knows']))
@@ -210,7 +210,7 @@ FORMATS = ['', *6*['.1f'], '.0f', '.1f', '.1f', '.1f', '.5f', '.0f']
 
 def board_of(answers):
     "The board of `answers` [(labels, rows of `measured`)]: a row for each defence."
-    each = pd.DataFrame([{'defence': labels['model']} | summary(rows) for labels, rows in answers])
+    each = pd.DataFrame([{'defence': labels['model']} | numbers(rows) for labels, rows in answers])
     by = each.groupby('defence', sort=False)
     ends = pd.DataFrame({d: t_interval(mine.knows)[1:] for d, mine in by}, ['low', 'high']).T
     ends = ends.clip(0, 100)  # Student does not know that these are shares

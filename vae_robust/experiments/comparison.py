@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
-from scipy import stats
 from ..data import FACTORS, SCALES, ImageData, least_scale, pixels
 from ..metrics import (METRICS, class_accuracy, dci, encode, entropies, score_all,
                                         mig, mutual_information, sap, udr)
 from ..settings import preset, provenance, put, read_table, root, save_csv, smoke
+from ..statistics import t_interval
 from ..sweep import collected, sweep
 from ..training import curves_of, hashes, own_images, pretrained, train
 from ..total_correlation import measured_terms
@@ -135,13 +135,12 @@ def dw(model, x):
     return terms.mean().item(), terms.std().item()/len(terms)**.5
 
 # %% ../../nbs/25_comparison.ipynb #c7176984
-def summary(table):
+def over_seeds(table):
     """Mean over seeds, half the width of its 95 % interval (25.1) and n,
     of each measure and model: a data frame with a row for each."""
-    g = table.groupby(['measure', 'model'], sort=False).value
-    n = g.count()
-    half = g.std()*stats.t.ppf(.975, (n - 1).clip(1))/n**.5
-    return pd.DataFrame({'mean': g.mean(), 'half': half, 'n': n}).reset_index()
+    g = table.dropna(subset='value').groupby(['measure', 'model'], sort=False).value
+    half = g.agg(lambda v: v.mean() - t_interval(v)[1])
+    return pd.DataFrame({'mean': g.mean(), 'half': half, 'n': g.count()}).reset_index()
 
 # %% ../../nbs/25_comparison.ipynb #bcc33738
 def differences(table, measure='MIG', base='vae'):
@@ -190,7 +189,7 @@ def rank_correlations(table):
     return wide.corr('spearman'), len(wide)
 
 # %% ../../nbs/25_comparison.ipynb #1ee51b99
-def publish(runs, folder=None, seeds=None):
+def publish_comparison(runs, folder=None, seeds=None):
     """Write the scores of all cells done in the folder `runs`, and their learning curves,
     to figures/comparison.csv and comparison_curves.csv; the scores."""
     done = collected(cells(seeds), Path(runs)/'comparison')
@@ -217,8 +216,8 @@ def curve(name, seed, runs):
 # %% ../../nbs/25_comparison.ipynb #2ecd7597
 def compare(runs=None, seeds=None, folder=None, jobs=1):
     """Train and score what is missing in the folder `runs` (default: runs/), write the tables,
-    see `publish`, and return the scores. Resumes where it was stopped. About 3 minutes per model
+    see `publish_comparison`, and return the scores. Resumes where it was stopped. About 3 minutes per model
     on one core; `jobs` processes, each of which holds the 377 MB of the images."""
     runs = Path(runs or root()/'runs')
     sweep(cells(seeds), partial(compute, runs=runs), runs/'comparison', jobs=jobs)
-    return publish(runs, folder, seeds)
+    return publish_comparison(runs, folder, seeds)

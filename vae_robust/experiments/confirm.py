@@ -290,7 +290,7 @@ def worded(tests):
     return tests
 
 # %% ../../nbs/27_confirm.ipynb #b278b6ef
-def sides_of(study, runs):
+def both_measures(study, runs):
     "What is asked of the models of a `Study` with a `draw`: the cells of both measures."
     return lost_cells(study, runs), radius_cells(study, runs)
 
@@ -304,7 +304,7 @@ def confirm(study, runs, **pool):
     `few`, as `lost` of attacks `on_fewer_pairs`, if there are."""
     prepare(study, runs, **pool)
     lost, rungs = (ask(asked, compute, runs, **pool)
-                   for asked, compute in zip(sides_of(study, runs), (pairs_of, rungs_of)))
+                   for asked, compute in zip(both_measures(study, runs), (pairs_of, rungs_of)))
     few = on_fewer_pairs(lost)
     found = {'lost': plainly_named(wide_table(lost)), 'rungs': table_of(rungs)}
     return found | ({'few': wide_table(few)} if few else {})

@@ -33,7 +33,7 @@ def face_images(name, part):
     return load(name, part)
 
 # %% ../../nbs/24_faces.ipynb #a23f92f5
-images = cache(face_images)
+faces_of = cache(face_images)
 
 # %% ../../nbs/24_faces.ipynb #c24cb927
 def train_faces(p, folder, seed=0, progress=False):
@@ -53,7 +53,7 @@ def face_models(job, runs):
 # %% ../../nbs/24_faces.ipynb #d0ad6750
 def living(job, runs):
     "The `face_models` of a `Study` that are not `dead`; ValueError if none is left."
-    x = pixels(images(preset(job.models[0]).data, 'train').x[:2000])
+    x = pixels(faces_of(preset(job.models[0]).data, 'train').x[:2000])
     found = {k: m for k, m in face_models(job, runs).items() if not dead(m, x)}
     if found: return found
     raise ValueError(f'all trainings of {", ".join(job.models)} are dead: lower lr, or raise '
@@ -81,12 +81,12 @@ def train_attribute_judge(p, folder, seed=0, progress=False):
     """The attribute judge of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if
     `folder` holds it finished."""
     path, settings = Path(folder)/'weights.safetensors', identity(p, seed)
-    n = attributes(p.data, images(p.data, 'test').y)[1].shape[1]
+    n = attributes(p.data, faces_of(p.data, 'test').y)[1].shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         judge = attribute_judge(n)
     if path.exists(): return load_weights(path, judge, settings).eval()
-    x, y = images(p.data, 'train')
+    x, y = faces_of(p.data, 'train')
     data, adam = (x, attributes(p.data, y)[1]), partial(Adam, lr=p.lr)
     keep_memory()
     began = time.time()
@@ -172,14 +172,14 @@ def attribute_trial_of(cell, runs):
     makers, data = Makers(train_faces, train_attribute_judge), cell.model.preset.data
     judge, = cell.judges.values()
     model, judge = (restore(w, runs, makers) for w in (cell.model, judge))
-    return attribute_trial(model, judge, cell.attack, data, images(data, 'test'))
+    return attribute_trial(model, judge, cell.attack, data, faces_of(data, 'test'))
 
 # %% ../../nbs/24_faces.ipynb #a9642c97
 def face_results(job, runs):
     """All cells of a `Study` on faces as one table: model, seed, attack and the columns of
     `attribute_trial`. Resumes in the folder `runs`."""
     makers = Makers(train_faces, train_attribute_judge)
-    test = images(preset(job.models[0]).data, 'test')
+    test = faces_of(preset(job.models[0]).data, 'test')
     prepare(job, runs, makers, progress=False, jobs=1)
     cells, lives = cells_of(job, runs, makers, 'faces', digest(test.x)), living(job, runs)
     asked = [(labels, c) for labels, c in cells if (c.model.name, c.model.seed) in lives]
@@ -237,7 +237,7 @@ def report_faces(job, runs=None, folder=None):
     rows = [t.rename_axis('attack').reset_index().assign(measure=k) for k, t in gaps.items()]
     save_table(pd.concat(rows), f'{name}_differences', folder, **facts)
     for m, s in {m: s for m, s in reversed([*found])}.items():
-        x = images(preset(m).data, 'test').x
+        x = faces_of(preset(m).data, 'test').x
         x, x_t = pixels(x[face_pairs(min(8, len(x)//2), len(x))])
         xs = attacked_faces(found[m, s], None, preset('attack.strong'), x, x_t)
         ax = adversarial_grid(found[m, s], x, x_t, xs, title=m)
