@@ -13,7 +13,8 @@ def git(*words):
 
 def tables(commit):
     "The tables in figures/ at a commit: a set of paths."
-    return {f for f in git('ls-tree', '--name-only', commit, 'figures/').split() if f.endswith('.csv')}
+    files = git('ls-tree', '--name-only', commit, 'figures/').split()
+    return {f for f in files if f.endswith('.csv')}
 
 
 def rows(commit, file):
