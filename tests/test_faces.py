@@ -14,7 +14,7 @@ from vae_robust.experiments import faces as ch15
 from vae_robust.objectives import norm
 from vae_robust.data import (ATTR, ATTRIBUTES, CARTOON, GROUNDS, PARTITION, PICTURES, DataError,
                              attributes, cartoon, cartoon_attributes, cartoons, celeba_folder,
-                             load, pixels, square)
+                             face_square, load, pixels)
 from vae_robust.settings import preset
 from vae_robust.training import build, pretrained, train
 from vae_robust.vae import VAE, elbo
@@ -485,9 +485,9 @@ def test_folders_that_will_not_do(folder, tmp_path):
 
 
 def test_square():
-    assert square(Image.new('L', (100, 100), 77)).tolist() == np.full((3, 64, 64), 77).tolist()
+    assert face_square(Image.new('L', (100, 100), 77)).tolist() == np.full((3, 64, 64), 77).tolist()
     with pytest.raises(ValueError, match='218 x 178'):
-        square(Image.new('RGB', (218, 178)))
+        face_square(Image.new('RGB', (218, 178)))
 
 
 # ------------------------------------------------------------------ models
@@ -636,7 +636,7 @@ def test_the_notebook_can_send_its_trainings_to_other_processes(tmp_path):
 
 
 def test_dead_trainings_are_left_out(monkeypatch):
-    monkeypatch.setattr(ch15, 'images', lambda name, part: cartoons('test', {'test': 8}))
+    monkeypatch.setattr(ch15, 'faces_of', lambda name, part: cartoons('test', {'test': 8}))
     monkeypatch.setattr(ch15, 'dead', lambda model, x: model == 'dead')
     labels = ('faces.entangled', 0), ('faces.entangled', 1)
     monkeypatch.setattr(ch15, 'face_models', lambda job, runs: dict(zip(labels, runs)))

@@ -6,6 +6,7 @@ from collections import namedtuple
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from typer.testing import CliRunner
@@ -282,7 +283,10 @@ def test_a_judge_or_a_model_of_another_size_is_named():
         evaluate(auto(), pretrained_judge('judge/wide'), p, d)
 
 
-def test_nan_is_named():
+@pytest.mark.parametrize('compiled', [False, True])
+def test_nan_is_named(compiled, monkeypatch):
+    "torch.compile tells all distributions of a program not to look at their arguments."
+    monkeypatch.setattr(Distribution, '_validate_args', not compiled)
     model = pretrained('mnist/disentangled')
     model.encoder[-1].bias.data[:] = torch.nan
     judge, test = pretrained_judge('judge/wide'), load('digits', 'test')

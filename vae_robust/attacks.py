@@ -22,7 +22,7 @@ from .discrete import planned
 from .objectives import NEEDS_JUDGE, AttackError, norm, objective_of, penalised, unwrapped
 from .optimisers import BALLS, OPTIMISERS, Watched, bcast, quick, value_of, without_subnormals
 from .settings import AttackPreset, in_grey_values, limit, named
-from .vae import reached
+from .vae import reached, validating
 
 # %% ../nbs/16_attacks.ipynb #d02a7cea
 def as_batch(who, a) -> Batch:
@@ -40,9 +40,11 @@ def as_batch(who, a) -> Batch:
             i = bad.nonzero()[0, 0].item()
             raise AttackError(f'{who} contain {kind}: the first is image {i}.')
     if a.min() < 0 or a.max() > 1:
-        remedy = '(a + 1)/2 brings [-1, 1] there' if a.min() < 0 else 'divide bytes by 255'
-        raise AttackError(f'{who} must lie in [0, 1], not in [{a.min():.3g}, {a.max():.3g}]: '
-                          f'{remedy}.')
+        low, high = a.min().item(), a.max().item()
+        remedy = '(a + 1)/2 brings [-1, 1] there' if low < 0 else 'divide bytes by 255'
+        if -.01 < low and high < 1.01:
+            remedy = 'they miss it by rounding, and a.clamp(0, 1) has none of it'
+        raise AttackError(f'{who} must lie in [0, 1], not in [{low:.9g}, {high:.9g}]: {remedy}.')
     return a.detach()
 
 # %% ../nbs/16_attacks.ipynb #5f473d62
@@ -297,7 +299,7 @@ def without_trace(found):
 def relative_weights(model, x, x_t, preset, judge=None, make=None) -> PerImage:
     """Weights of the pixel norm, (B,), by (16.1) with lambda = `preset.lam`, for sources x with
     targets x_t. Raises `AttackError`."""
-    x, x_t = as_pairs(x, x_t)
+    model, (x, x_t) = unwrapped(model), as_pairs(x, x_t)
     parts = zip(x.split(1000), x_t.split(1000))
     J = [value_of(objective_of(preset, model, a, t, judge, make), a) for a, t in parts]
     return (preset.lam*torch.cat(J)/norm(x_t - x)).nan_to_num(0, posinf=0).clamp(min=0)
@@ -323,7 +325,8 @@ def in_batches(size, x, *others):
 def asking_about(x):
     "What torch says of a model that cannot be asked about images x, as an `AttackError`."
     try:
-        yield
+        with validating():
+            yield
     except (RuntimeError, IndexError) as e:
         said = str(e).strip().split('\n')[0].rstrip('.')
         raise AttackError(f'The model cannot be asked about images {tuple(x.shape[1:])} of '

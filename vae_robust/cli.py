@@ -336,7 +336,8 @@ def reproduce(job: Job = 'job.main', runs: Runs = RUNS, folder: Folder = None,
                             'leave --folder and --runs out.')
     if everything:
         os.environ.setdefault('VAE_ROBUST_PUBLISH', '1')
-    if said := earlier(runs): print(said)
+    if said := earlier(runs):
+        print(said)
     report_job(job, runs, folder)
     if everything:
         all_of_it(runs)

@@ -690,6 +690,13 @@ def bytes_of(image):
         raise ValueError(f'its grey values are no 8 or 16 bits (mode {image.mode})')
     return Image.fromarray((a//257).astype(np.uint8))
 
+# %% ../nbs/01_data.ipynb #7a1d7d4f
+def on_ground(image, ground='white'):
+    "A PIL image, what is transparent of it on the `ground`."
+    if not image.has_transparency_data: return image
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
+
 # %% ../nbs/01_data.ipynb #bbcfa715
 def opened(file, mode='RGB', ground='white'):
     """The picture in `file` (path or open file) as people see it, a PIL image of `mode`,
@@ -702,11 +709,7 @@ def opened(file, mode='RGB', ground='white'):
             raise ValueError(f'it is too large, {image.width} x {image.height} pixels')
         image.verify()  # after which PIL wants it opened again
     with Image.open(BytesIO(data)) as image:
-        image = bytes_of(upright(image))
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
-        return image.convert(mode)
+        return on_ground(bytes_of(upright(image)), ground).convert(mode)
 
 # %% ../nbs/01_data.ipynb #d15c0101
 def face_square(image):
@@ -1132,8 +1135,8 @@ def image_and_label(item, size, channels):
     else:
         x, y = (*item, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
     if isinstance(x, Image.Image):
-        x = bytes_of(upright(x))
-        a = np.asarray(x.convert('L' if x.mode in ('1', 'L', 'LA') else 'RGB'))
+        gray, x = x.mode in ('1', 'L', 'LA'), on_ground(bytes_of(upright(x)))
+        a = np.asarray(x.convert('L' if gray or x.mode == 'L' else 'RGB'))
         x = a.reshape(1, *a.shape[:2], -1)
     elif x is not None:
         x = as_tensor(x)[None]
@@ -1240,3 +1243,11 @@ def is_set(x, name, size):
     if not determined(name) or IMAGES[name] != len(x): return False
     if not all((raw_folder(name)/f).exists() for f in MD5.get(name, ())): return False
     return digest(x) == digest(load(name, size=size).x)
+
+# %% ../nbs/01_data.ipynb #97935483
+def part_digest(name, part='train', size=None):
+    """The `digest` of the images and labels of a part of a data set; '' if its name says which images
+    are in it."""
+    if determined(name): return ''
+    x, y = load(name, part) if size is None else load(name, part, size=size)
+    return digest((x, y))

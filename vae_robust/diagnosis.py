@@ -165,6 +165,6 @@ def diagnose(model, judge, preset, test, radii=(.05, .1, .2, .4), seed=0):
               not_monotone(radii, [rate(eps=e) for e in radii]),
               no_better_than_noise(own, rate(steps=0, noise=1.)),
               blind_is_better(own, rate(**SQUARES, steps=10*preset.steps) if boxed else own)]
-    if not (flat or short):  # else it fails for a simpler reason
+    if not flat:  # else it fails for a simpler reason
         rules.append(masked_by_code(model, preset, run.x[:1], trials))
     return [r for r in rules if r]

@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch.distributions import OneHotCategorical
 from torch.nn import functional as F
-from .objectives import Softened, margin, objective_of
+from .objectives import Softened, margin, objective_of, unwrapped
 
 # %% ../nbs/15_discrete.ipynb #c35ec2fd
 def most_likely(l):
@@ -135,6 +135,7 @@ class Plan(NamedTuple):
 @torch.no_grad()
 def has_code(model, x):
     "Whether `model` has a categorical."
+    model = unwrapped(model)
     return hasattr(model, 'posterior') and getattr(model.posterior(x[:1]), 'c', None) is not None
 
 # %% ../nbs/15_discrete.ipynb #6fc543d5

@@ -15,7 +15,7 @@ import pandas as pd, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
-from .data import Classes, Images, as_images, load, pixels
+from .data import Classes, Images, as_images, load, part_digest, pixels
 from .settings import SettingsError, preset
 from .training import (WEIGHTS, cosine, fit, identity, keep_memory,
                                  leave, load_weights, one_thread, plain, shipped)
@@ -121,7 +121,8 @@ def train_judge(preset, folder, seed=0, progress=True) -> nn.Module:
     holds it finished. Leaves what `train` leaves. Raises `SettingsError` for data that no network
     of `JUDGE_NETWORKS` can learn."""
     folder, judge = Path(folder).expanduser(), blank(preset, seed)
-    settings, path = identity(preset, seed), folder/'weights.safetensors'
+    settings = identity(preset, seed, part_digest(preset.data))
+    path = folder/'weights.safetensors'
     if path.exists(): return load_weights(path, judge, settings).eval()
     objective = shifted_judge_loss if preset.shift else judge_loss
     data, (optimiser, schedule) = learnable(preset), judge_optimiser(preset)
@@ -175,7 +176,8 @@ def judged(judge, x, dropout=False, batch=1000) -> Classes:
     nothing else, as the thesis's programs had it. The judge is left in the mode that it was in."""
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         x = pixels(as_images(x, who='The images to judge'))
-    with torch.no_grad(), evaluating(judge):
+    still = torch.autocast(x.device.type, enabled=False)
+    with torch.no_grad(), still, evaluating(judge):
         for m in reached(judge):
             m.training = dropout and isinstance(m, (nn.Dropout, nn.Dropout2d))
         return torch.cat([scores(judge, b).argmax(-1) for b in x.split(batch)])

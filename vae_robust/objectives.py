@@ -13,10 +13,11 @@ import math
 import torch
 from jaxtyping import Float
 from torch import nn, Tensor
-from torch.distributions import Distribution, OneHotCategorical, kl_divergence
+from torch.distributions import Distribution, Normal, OneHotCategorical, kl_divergence
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from .data import Batch, Codes, PerImage, Scores
-from .vae import Posterior, kl
+from .vae import Posterior, at_the_ends, kl
 
 # %% ../nbs/13_objectives.ipynb #e708393f
 def means(model):
@@ -56,8 +57,8 @@ class AttackError(ValueError):
 
 # %% ../nbs/13_objectives.ipynb #0aaecd39
 def unwrapped(model):
-    "The module inside a compiled or (distributed) data-parallel one; anything else as it is."
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    "The module inside a compiled, averaged or data-parallel one; anything else as it is."
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
     inside = model.module if isinstance(model, parallel) else getattr(model, '_orig_mod', None)
     return model if inside is None else unwrapped(inside)
 
@@ -128,12 +129,26 @@ def squared(a: Batch, b: Batch) -> PerImage:
     "||a - b||^2, (B,)."
     return (a - b).square().flatten(1).sum(1)
 
+# %% ../nbs/13_objectives.ipynb #d2e68bd2
+def normal_kl(q, p):
+    """KL of a distribution q to p, of a `Normal` per latent, also where the square of a ratio or of
+    a distance is beyond single precision; elsewhere torch's, to the last bit."""
+    if not (isinstance(q, Normal) and isinstance(p, Normal)): return kl_divergence(q, p)
+    u, r = (q.mean - p.mean)/p.stddev, q.stddev/p.stddev
+    ends = at_the_ends(u, r)
+    calm = Normal(torch.where(ends, p.mean, q.mean), torch.where(ends, p.stddev, q.stddev),
+                  validate_args=False)
+    return torch.where(ends, r*(r/2) + u*(u/2) - .5 - r.log(), kl_divergence(calm, p))
+
 # %% ../nbs/13_objectives.ipynb #61040dcc
 def divergence(q: Posterior, p: Posterior) -> PerImage:
     "D_KL(q||p) between `Posterior`s in nats, (13.7): (B,)."
-    kl_z = kl_divergence(q.z, p.z)
+    kl_z = normal_kl(q.z, p.z)
     kl_z = kl_z.reshape(len(kl_z), -1).sum(1)
-    return kl_z if q.c is None else kl_z + (q.c.probs*(q.c.logits - p.c.logits)).flatten(1).sum(1)
+    if q.c is None: return kl_z
+    least = torch.finfo(kl_z.dtype).min  # 0 times that is 0
+    log_q, log_p = q.c.logits.clamp_min(least), p.c.logits.clamp_min(least)
+    return kl_z + (q.c.probs*(log_q - log_p)).flatten(1).sum(1)
 
 # %% ../nbs/13_objectives.ipynb #faf63d67
 def reverse(q: Posterior, p: Posterior) -> PerImage:

@@ -18,7 +18,7 @@ from torch.func import jacrev, vmap
 from .attacks import Attacked, asking_about, attack
 from .data import Batch, Codes, ImageData, Images, PerImage, as_images, labels_of, pixels
 from .judges import JudgeError, judged, scores
-from .objectives import AttackError, features, for_judges_of_images, norm
+from .objectives import AttackError, features, for_judges_of_images, norm, unwrapped
 from .optimisers import BALLS, without_subnormals
 from .settings import AttackPreset, named
 from .statistics import mean_rate, wilson
@@ -90,6 +90,7 @@ def reconstruct(model, x, sample=False, batch=1000) -> Batch:
     def code(q):
         sampled = sample and q.c is not None
         return torch.cat([q.z.mean, q.c.sample().flatten(1)], -1) if sampled else q.mode
+    model = unwrapped(model)
     coded = hasattr(model, 'decode') and hasattr(model, 'posterior')
     again = (lambda b: model.decode(code(model.posterior(b)))) if coded else model
     with evaluating(model), torch.autocast(x.device.type, enabled=False):

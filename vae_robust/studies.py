@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import pandas as pd
 from pydantic import BaseModel
-from .data import load
+from .data import load, part_digest
 from .judges import pretrained_judge, train_judge
 from .objectives import for_judges_of_images
 from .robustness import trial
 from .settings import AttackPreset, JudgePreset, SettingsError, facts_of, plainly
 from .settings import preset, read_table, root, save_csv
-from .sweep import alone, answer, finish, key, keep_answers
+from .sweep import SweepError, alone, answer, finish, key, keep_answers
 from .training import hashes, pretrained, train
 
 # %% ../nbs/A3_studies.ipynb #cefe425f
@@ -128,6 +128,19 @@ class Cell(NamedTuple):
         said |= {'judges': {n: w.hash for n, w in self.judges.items()}}
         return said | ({'images': self.images} if self.images else {})
 
+    @property
+    def is_there(self):
+        "Whether its model and its judges are trained."
+        return all(w.hash for w in (self.model, *self.judges.values()))
+
+# %% ../nbs/A3_studies.ipynb #6dd8f57c
+def shown_to(w):
+    "The `part_digest` of the test images for `Weights`; a set that is not there has none."
+    try:
+        return part_digest(w.preset.data, 'test', getattr(w.preset, 'size', None))
+    except FileNotFoundError:
+        return ''
+
 # %% ../nbs/A3_studies.ipynb #710d072e
 def cells_of(study, runs, makers=Makers(), measure='trial', images=''):
     """The cells of a `Study`, [(labels, `Cell`)]: models x seeds x attacks and all combinations
@@ -137,15 +150,15 @@ def cells_of(study, runs, makers=Makers(), measure='trial', images=''):
         attack = for_judges_of_images(preset(name, pairs=pairs, **change))
         attacks.append(({'attack': last(name)} | change, attack))
     grid = product(models_of(study, runs, makers), attacks)
-    return [(m | a, Cell(measure, w, seen, p, images=images)) for (m, w), (a, p) in grid]
+    return [(m | a, Cell(measure, w, seen, p, images=images or shown_to(w))) for (m, w), (a, p) in grid]
 
 # %% ../nbs/A3_studies.ipynb #e4734e6a
 def looks_of(study, runs, measure, makers=Makers(), judged=True, **options):
     """One cell without an attack for each model of a `Study`, [(labels, `Cell`)]; with its
     judges if `judged`."""
     seen = judges_of(study, runs, makers) if judged else {}
-    return [(labels, Cell(measure, w, seen, options=options)) for labels,
-            w in models_of(study, runs, makers)]
+    return [(labels, Cell(measure, w, seen, options=options, images=shown_to(w)))
+            for labels, w in models_of(study, runs, makers)]
 
 # %% ../nbs/A3_studies.ipynb #c701238d
 def trained(w, runs, makers):
@@ -191,9 +204,17 @@ def trial_of(cell, runs):
 
 # %% ../nbs/A3_studies.ipynb #03c84755
 def trials(study, runs, **pool):
-    "The `trial_of` every cell of a `Study`, [(labels, rows)], after training what is not there."
-    prepare(study, runs, **pool)
-    return ask(cells_of(study, runs), trial_of, runs, **pool)
+    """The `trial_of` every cell of a `Study`, [(labels, rows)], after training what is not there. A
+    training that fails is named in the end, when the others are attacked: `SweepError`."""
+    failed = None
+    try:
+        prepare(study, runs, **pool)
+    except SweepError as e:
+        failed = e
+    asked = cells_of(study, runs)
+    answers = ask([(labels, c) for labels, c in asked if c.is_there], trial_of, runs, **pool)
+    if failed: raise failed
+    return answers
 
 # %% ../nbs/A3_studies.ipynb #77dcbd8e
 def table_of(answers, fold=lambda rows: rows):

@@ -19,7 +19,6 @@ import pandas as pd, torch, torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import nn
-from torch.distributions import Distribution
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from tqdm.auto import tqdm
@@ -31,7 +30,7 @@ from .settings import ModelPreset, SettingsError, TableError, commit, keep_memor
 from .settings import named, near, preset, read_table, root, save_csv, within_limits
 from .settings import writable, write
 from .total_correlation import factor_vae, tc_vae, with_discriminator
-from .vae import VAE, elbo, evaluating, kl
+from .vae import VAE, elbo, evaluating, kl, validating
 
 # %% ../nbs/10_training.ipynb #b751c0ac
 class TrainingError(RuntimeError):
@@ -188,15 +187,7 @@ def mean_row(rows, step):
     return {'step': step} | {k: sum(r[k] for r in rows)/len(rows) for k in rows[0]}
 
 # %% ../nbs/10_training.ipynb #d0e1c2b1
-@contextmanager
-def unchecked():
-    "Within this context torch's distributions do not look whether their arguments are valid."
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
+unchecked = partial(validating, False)  # distributions do not look at their arguments
 
 # %% ../nbs/10_training.ipynb #d15c0910
 def finite(model):

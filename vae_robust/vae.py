@@ -18,9 +18,8 @@ from typing import NamedTuple
 import numpy as np, torch
 from jaxtyping import Float
 from torch import nn, Tensor
-from torch.distributions import (Bernoulli, ContinuousBernoulli, Independent, Normal,
-                                 OneHotCategorical, RelaxedOneHotCategorical,
-                                 kl_divergence)
+from torch.distributions import (Bernoulli, ContinuousBernoulli, Distribution, Independent, Normal,
+                                 OneHotCategorical, RelaxedOneHotCategorical, kl_divergence)
 from torch.nn.functional import binary_cross_entropy_with_logits
 from .data import Batch, Codes, Images, PerImage, PerLatent, as_images, pixels
 from .elbo import iwae_bound
@@ -317,16 +316,29 @@ def reached(*things, most=20_000):
         todo += [a for each in held for a in each if not isinstance(a, LEAVES)]
     return [*found.values()]
 
+# %% ../nbs/04_vae.ipynb #994a59c7
+@contextmanager
+def validating(on=True):
+    """Within this context torch's distributions look whether their arguments are valid, or do not,
+    whatever was said before. (torch.compile turns it off for the whole program.)"""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(on)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
 # %% ../nbs/04_vae.ipynb #03c5593d
 @contextmanager
 def evaluating(*things):
-    """Within this context all modules `reached` from `things` are in evaluation mode;
-    afterwards each is in the mode in which it was found."""
+    """Within this context all modules `reached` from `things` are in evaluation mode,
+    and distributions `validating`; afterwards each module is in the mode in which it was found."""
     modes = {m: m.training for m in reached(*things)}
     for m in modes:
         m.training = False
     try:
-        yield
+        with validating():
+            yield
     finally:
         for m, was in modes.items():
             m.training = was

@@ -7,7 +7,7 @@ line how it was understood."""
 __all__ = ['ModelError', 'adapt', 'load_model', 'save_model', 'push', 'pull']
 
 # %% ../nbs/29_yours.ipynb #4e6a2642
-import json
+import json, time
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +21,8 @@ from .data import as_images, digest, pixels
 from .judges import judge_loss
 from .objectives import AttackError, unwrapped
 from .settings import ModelPreset, named, write
-from .training import (TrainingError, build, fit, identity, load_weights, one_thread,
-                                 own_images, packed, read_weights, replacing, save_weights)
+from .training import (TrainingError, build, fit, identity, leave, load_weights, one_thread,
+                                 own_images, packed, read_weights, replacing)
 from .vae import VAE, Posterior, evaluating, reached
 
 # %% ../nbs/29_yours.ipynb #19cb0aaf
@@ -636,15 +636,17 @@ def own_judge(data, folder, steps=400, progress=True):
         raise ModelError('A judge needs classes, and these images have none: put the pictures into a '
                          'folder for each, or give labels.')
     images = digest((data.x, data.y))[:16]
-    settings, path = f'own judge, {steps} steps on {images}', Path(folder)/f'{images}.safetensors'
+    settings = f'own judge, {steps} steps on {images}'
+    path = Path(folder)/images/'weights.safetensors'
     with torch.random.fork_rng():
         torch.manual_seed(0)
         judge = small_classifier(data.x.shape[1], int(data.y.max()) + 1)
     if path.exists(): return load_weights(path, judge, settings).eval()
-    adam, batch = partial(Adam, lr=1e-3), min(64, len(data.y))
+    adam, batch, began = partial(Adam, lr=1e-3), min(64, len(data.y)), time.time()
     with one_thread():
-        fit(judge, judge_loss, tuple(data), steps, batch, adam, progress=progress, desc='judge')
-    save_weights(path, judge, settings)
+        curves = fit(judge, judge_loss, tuple(data), steps, batch, adam, progress=progress,
+                     desc='judge')
+    leave(path, judge, settings, curves, time.time() - began, torch.float32, 'cpu')
     return judge.eval()
 
 # %% ../nbs/29_yours.ipynb #c1dcf124

@@ -81,7 +81,7 @@ def scores(model, x, v, **settings): # settings: seed, halves, as for `metric`
 # %% ../../nbs/25_comparison.ipynb #3300e1bb
 def cells(seeds=None):
     """The cells of the comparison, dicts of model, seed and preset, seed by seed:
-    of `seeds`, or of each objective's `SEEDS`; and a digest of the images, if they are published ones."""
+    of `seeds`, or of each objective's `SEEDS`; and a digest of the images, if published ones."""
     own = own_images(preset('dsprites.vae'))
     each = ({'model': f'dsprites.{n}', 'seed': s,
              'preset': preset(f'dsprites.{n}').model_dump(exclude_defaults=True)}
@@ -215,9 +215,9 @@ def curve(name, seed, runs):
 
 # %% ../../nbs/25_comparison.ipynb #2ecd7597
 def compare(runs=None, seeds=None, folder=None, jobs=1):
-    """Train and score what is missing in the folder `runs` (default: runs/), write the tables,
-    see `publish_comparison`, and return the scores. Resumes where it was stopped. About 3 minutes per model
-    on one core; `jobs` processes, each of which holds the 377 MB of the images."""
+    """Train and score what is missing in the folder `runs` (default: runs/), write the tables as
+    `publish_comparison` does, and return the scores. Resumes where it was stopped. About 3 minutes
+    per model on one core; `jobs` processes, each of which holds the 377 MB of the images."""
     runs = Path(runs or root()/'runs')
     sweep(cells(seeds), partial(compute, runs=runs), runs/'comparison', jobs=jobs)
     return publish_comparison(runs, folder, seeds)

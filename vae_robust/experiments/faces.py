@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Adam
 from ..attacks import attack
 from ..objectives import features, norm, posterior, reconstruction, symmetric, toward
-from ..data import attributes, cartoons, digest, load, pixels
+from ..data import attributes, cartoons, digest, load, part_digest, pixels
 from .digits import adversarial_grid
 from ..judges import Classified, normed
 from ..robustness import reconstruct
@@ -80,7 +80,8 @@ def attribute_loss(model, batch, step=0):
 def train_attribute_judge(p, folder, seed=0, progress=False):
     """The attribute judge of a `JudgePreset` with `seed`, in eval mode; trained, or loaded if
     `folder` holds it finished."""
-    path, settings = Path(folder)/'weights.safetensors', identity(p, seed)
+    path = Path(folder)/'weights.safetensors'
+    settings = identity(p, seed, part_digest(p.data))
     n = attributes(p.data, faces_of(p.data, 'test').y)[1].shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
