@@ -9,11 +9,12 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 from vae_robust import data, settings, sweep, training
-from vae_robust.data import DataError, idx, load, read_idx
+from vae_robust.data import DataError, ImageData, idx, load, read_idx
 from vae_robust.judges import train_judge
 from vae_robust.settings import (SettingsError, TableError, preset, read_settings, read_table,
                                  save_csv)
 from vae_robust.training import TrainingError
+from vae_robust.yours import own_judge
 
 OWN = DataError, SettingsError, TableError, TrainingError, sweep.SweepError
 TINY = preset('digits.entangled', steps=4, batch=16)
@@ -134,6 +135,9 @@ def kinds(top):
         if trouble: raise DataError(trouble)
         return b''.join(files[f] for f in sorted(files))
     judge = lambda: weights_of(train_judge(JUDGE, top/'judge', progress=False))
+    seen = ImageData(*(part[:20] for part in load('digits')))
+    own = lambda: weights_of(own_judge(seen, top/'own judge', steps=1, progress=False))
+    own()
     points = pd.DataFrame({'step': [100, 200], 'loss': [.5, .25], 'rec': [.4, .2], 'kl_c': [0., 1]})
     training.leave(top/'long'/'weights.safetensors', training.build(TINY), '', points, 1.,
                    torch.float32, 'cpu')
@@ -154,6 +158,7 @@ def kinds(top):
         'parts': (data.celeba_folder()/data.PARTITION, listing, False),
         'weights': (top/'done'/'weights.safetensors', done, True),
         'judge': (top/'judge'/'weights.safetensors', judge, True),
+        'own judge': (next((top/'own judge').rglob('*.safetensors')), own, True),
         'curves': (top/'long'/'curves.csv', curves, True),
         'record of a run': (top/'done'/'run.json', done, True),
         'shipped weights': (shelf/'digits/entangled/seed0.safetensors', shipped, True),

@@ -10,7 +10,7 @@ from vae_robust import settings, training
 from fuzz_files import fuzz
 
 DRAWS = int(os.environ.get('VAE_ROBUST_DRAWS', 60))//4
-KINDS = 22
+KINDS = 23
 
 
 def test_a_damaged_file_is_refused_in_one_sentence_or_changes_nothing():

@@ -585,11 +585,13 @@ def parts_of(path):
         raise TableError(f'{path} is damaged: it is no text. Delete it, and let it be '
                          'made again.') from None
     head, _, rows = text.partition('\n') if text.startswith('#') else ('', '', text)
+    sealed = 'sha256' in text.partition('\n')[0]
     with suppress(ValueError, AttributeError, TypeError):
         facts = json.loads(head[1:])
-        notes = facts.pop('table', {})
-        return facts, notes if isinstance(notes, dict) else {'sha256': ''}, rows
-    return {}, {'sha256': ''} if 'sha256' in text.partition('\n')[0] else {}, rows
+        if isinstance(notes := facts.pop('table', {}), dict) and ('sha256' in notes or not sealed):
+            return facts, notes, rows
+        return facts, {'sha256': ''}, rows
+    return {}, {'sha256': ''} if sealed else {}, rows
 
 # %% ../nbs/A1_settings.ipynb #d15c0009
 def facts_of(path):

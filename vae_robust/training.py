@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'WEIGHTS', 'TrainingError', 'save_weights', 'load_weights',
            'ship', 'shipped', 'pretrained', 'publish_curves']
 
 # %% ../nbs/10_training.ipynb #f79a238d
-import inspect, io, json, math, operator, platform, signal, threading, time, zipfile
+import inspect, io, json, math, operator, platform, re, signal, threading, time, zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -683,7 +683,8 @@ def shipped(name, seed=0, source=WEIGHTS, settings=None):
     name, known = name.replace('.', '/'), hashes(source)
     file, kinds = f'{name}/seed{seed}.safetensors', sorted({f.rpartition('/')[0] for f in known})
     if file not in known:
-        seeds = sorted(int(f[len(name) + 5:-12]) for f in known if f.startswith(f'{name}/seed'))
+        form = rf'{re.escape(name)}/seed([0-9]+)\.safetensors'
+        seeds = sorted(int(m[1]) for m in (re.fullmatch(form, f) for f in known) if m)
         others = f'there are seeds {", ".join(map(str, seeds))}.' if seeds else near(name, kinds)
         raise TrainingError(f'No weights are shipped as {name!r} with seed {seed}; {others}')
     path = Path(source)/file
