@@ -1,5 +1,6 @@
 """figures/chapters.csv, which tests/time_chapters.py writes, says how long the chapters take. The
-first ones are read in a course. Whoever waits for a cell sees a bar."""
+first ones are read in a course, where whoever waits for a cell sees a bar. Of the others only the
+times are limited, but for the chapter that trains the models of faces."""
 import ast, re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from vae_robust.settings import read_table
 ROOT = Path(__file__).parent.parent
 COURSE = [f'{n:02}' for n in range(14)]
 IN_ALL, IN_COURSE, EACH = 600, 120, 180  # seconds of CPU: all of the course, one of it, any other
+TRAINS = '24_faces'
 NOTEBOOKS = {f.stem: f for f in sorted((ROOT/'nbs').glob('*.ipynb'))}
 MODULES = ('attacks', 'training')  # whose functions have bars
 
@@ -18,11 +20,12 @@ MODULES = ('attacks', 'training')  # whose functions have bars
 def complaints(table):
     "What is wrong with a table of times: a list of sentences."
     chapters, slow = table[table.cell == 'all'], table[table.cell != 'all']
-    bare = slow[(slow.bar != 'yes') & (slow.seconds > SLOW)]
+    bare = slow[(slow.bar != 'yes') & (slow.seconds > SLOW) & slow.chapter.str[:2].isin(COURSE)]
     course = chapters.chapter.str[:2].isin(COURSE)
-    most = course.map({True: IN_COURSE, False: EACH})
+    most = course.map({True: IN_COURSE, False: EACH}).astype(float)
+    most[chapters.chapter == TRAINS] = float('inf')
     found = [f'{r.chapter}: no bar for {r.seconds} s: {r.cell}' for r in bare.itertuples()]
-    found += [f'{r.chapter} takes {r.CPU} s, not {most[r.Index]}'
+    found += [f'{r.chapter} takes {r.CPU} s, not {most[r.Index]:.0f}'
               for r in chapters[chapters.CPU > most].itertuples()]
     total = chapters[course].CPU.sum()
     return found + [f'the course takes {total:.0f} s, not {IN_ALL}']*bool(total > IN_ALL)
@@ -81,7 +84,10 @@ def test_what_the_table_must_not_say():
     assert 'the course takes' in said('all', {'CPU': 600.1})
 
 
-@pytest.mark.parametrize('chapter', sorted({*TABLE[TABLE.id != '-'].chapter}))
+TIMED = sorted({*TABLE[TABLE.id != '-'].chapter})
+
+
+@pytest.mark.parametrize('chapter', [c for c in TIMED if c[:2] in COURSE])
 def test_slow_cells_have_their_bars_still(chapter):
     "If a cell is gone, run tests/time_chapters.py again."
     here = cells(NOTEBOOKS[chapter])
