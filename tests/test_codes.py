@@ -8,8 +8,8 @@ from torch.distributions import Normal, OneHotCategorical
 
 from vae_robust.attacks import attack, attack_batch, smallest_radius, starts
 from vae_robust.concrete import Rounded, level_logits, levels, on_levels
-from vae_robust.discrete import (FIRST, SLACK, WithCode, annealed, another_code, forced,
-                                 hard, most_likely, nearby, planned)
+from vae_robust.discrete import (FIRST, SLACK, WithCode, annealed, another_code, code_first,
+                                 forced, free, hard, most_likely, nearby, planned)
 from vae_robust.objectives import Softened, behind, expected, margin, squared
 from vae_robust.optimisers import Watched, pgd
 from vae_robust.settings import preset
@@ -390,3 +390,37 @@ def test_the_fourth_slip_starts_around_twice_the_image(digits):
     for name, times in (('thesis', 2), ('doubled', 2), ('thesis_repaired', 1), ('accumulate', 1)):
         torch.testing.assert_close(next(starts(x, preset(f'attack.{name}'), g())),
                                    (times*x + noise).clamp(0, 1))
+
+
+# ------------------------------------------------------------------ lines that once could change
+def test_every_categorical_that_disagrees_is_missing():
+    "(15.3) sums over categoricals: with the first right and the second wrong, a code is wrong."
+    logits = torch.tensor([[[5., 0, 0], [5., 0, 0]]])
+    code = torch.eye(3)[torch.tensor([[0, 1]])]
+    reading = SimpleNamespace(logits=logits)
+    found = code_first(reading, code, lambda xs: xs.new_zeros(len(xs)))(torch.zeros(1, 2))
+    assert found.item() == FIRST + 5 + SLACK
+    found = code_first(reading, most_likely(logits), lambda xs: xs.new_zeros(len(xs)))
+    assert found(torch.zeros(1, 2)).item() == 0
+
+
+def test_a_free_run_anneals_if_its_preset_says_so():
+    """In the end an annealed objective is that at the temperature 1, a constant one that at
+    its own."""
+    torch.manual_seed(0)
+    model, (x, x_t) = VAE(2, 3).eval(), torch.rand(2, 4, 1, 32, 32)
+    with torch.no_grad():
+        model.encoder[-1].weight.mul_(50)
+    at = lambda anneal: preset('attack.output_code', soften=10, anneal=anneal, steps=4)
+    falling, still = (free(at(anneal), model, x, x_t) for anneal in (True, False))
+    with torch.no_grad():
+        values = [falling(x) for _ in range(6)]
+        torch.testing.assert_close(values[0], still(x))
+        torch.testing.assert_close(values[4], values[5])
+        assert (values[0]/values[5] - 1).abs().min() > .05
+
+
+def test_a_categorical_with_one_class_has_one_code():
+    for logits in (torch.zeros(4, 1), torch.zeros(4, 2, 1)):
+        codes = [*nearby(logits, 3)]
+        assert len(codes) == 3 and all(torch.equal(c, torch.ones_like(logits)) for c in codes)
