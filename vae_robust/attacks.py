@@ -43,7 +43,7 @@ def as_batch(who, a) -> Batch:
         low, high = a.min().item(), a.max().item()
         remedy = '(a + 1)/2 brings [-1, 1] there' if low < 0 else 'divide bytes by 255'
         if -.01 < low and high < 1.01:
-            remedy = 'they miss it by rounding, and a.clamp(0, 1) has none of it'
+            remedy = 'they miss it by rounding, and a.clamp(0, 1) mends that'
         raise AttackError(f'{who} must lie in [0, 1], not in [{low:.9g}, {high:.9g}]: {remedy}.')
     return a.detach()
 

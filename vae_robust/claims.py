@@ -70,7 +70,7 @@ def average(rows, column):
 
 # %% ../nbs/A4_claims.ipynb #04f5c558
 AGGREGATES = {f.__name__: f for f in (rate, rate_gap, rise, cell, inverse, estimate, total,
-                             average)}
+                                      average)}
 
 def ask_table(study, query, folder=None):
     "What a `query` finds in the table of a `study`: (value, low, high, n); no interval: None."

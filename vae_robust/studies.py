@@ -135,11 +135,8 @@ class Cell(NamedTuple):
 
 # %% ../nbs/A3_studies.ipynb #6dd8f57c
 def shown_to(w):
-    "The `part_digest` of the test images for `Weights`; a set that is not there has none."
-    try:
-        return part_digest(w.preset.data, 'test', getattr(w.preset, 'size', None))
-    except FileNotFoundError:
-        return ''
+    "The `part_digest` of the test images that `Weights` are shown."
+    return part_digest(w.preset.data, 'test', getattr(w.preset, 'size', None))
 
 # %% ../nbs/A3_studies.ipynb #710d072e
 def cells_of(study, runs, makers=Makers(), measure='trial', images=''):
