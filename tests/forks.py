@@ -1,6 +1,6 @@
 """Interpreters that have torch and the like already: forks of a server that imported them once,
 which takes a new interpreter, or a kernel, some five seconds. Nothing of the tests is in them."""
-import multiprocessing, os, sys, traceback
+import multiprocessing, os, secrets, sys, traceback
 from functools import cache
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -61,17 +61,29 @@ def shell():
     return made
 
 
+def drawing():
+    "unseeded(): has somebody drawn numbers of torch, or of numpy, whose seed nobody has set?"
+    import numpy as np, torch
+    seed = torch.manual_seed(secrets.randbits(60)).initial_seed()
+    fresh, numpys = torch.get_rng_state(), str(np.random.get_state())
+    torchs = lambda: torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), fresh)
+    return lambda: torchs() or str(np.random.get_state()) != numpys
+
+
 def perform_cells(cells, folder, answer):
     "Runs cells in a folder until one fails. `answer` is sent the complaint, or ''."
     from IPython.utils.capture import capture_output
     forget_tests()
     os.chdir(folder)
-    run, complaint = shell().run_cell, ''
+    run, unseeded, complaint = shell().run_cell, drawing(), ''
     for cell in cells:
         with capture_output() as said:
             done = run(cell, store_history=True)
         if error := done.error_before_exec or done.error_in_exec:
             complaint = '\n'.join([cell, *traceback.format_exception(error), said.stderr[-2000:]])
+            break
+        if unseeded():
+            complaint = f'{cell}\nThis cell draws from a generator that no cell has seeded.'
             break
     answer.send(complaint)
 

@@ -71,6 +71,14 @@ def test_a_notebook_is_run_as_by_a_kernel_and_what_fails_is_found(tmp_path):
     assert found('import os; os._exit(3)') == 'the interpreter died: 3'
 
 
+@pytest.mark.parametrize('draw', ['torch.rand(2)', 'nn.Linear(1, 1)', 'np.random.rand()'])
+def test_a_chapter_that_draws_without_a_seed_is_found(draw, tmp_path):
+    start = 'import numpy as np, torch\nfrom torch import nn'
+    assert 'no cell has seeded' in run_cells([start, draw], tmp_path)
+    seeded = f'torch.manual_seed(0); {draw}', f'with torch.random.fork_rng(): {draw}'
+    assert 'np' in draw or run_cells([start, *seeded], tmp_path) == ''
+
+
 def export(copy):
     "Copies the project, and exports and cleans everything in the copy afresh."
     for name in ('nbs', 'vae_robust'):
