@@ -250,6 +250,13 @@ def test_a_batch_larger_than_the_data_is_refused():
         next(minibatches(100, 200, 0))
 
 
+@pytest.mark.parametrize('name, n', [('every', 0), ('log', 0), ('batch', None), ('batch', 2.5),
+                                     ('steps', 1.5), ('steps', -1), ('every', -5)])
+def test_counts_that_are_not_whole_are_named(name, n):
+    with pytest.raises(TrainingError, match=f'^{name} = {n}: it should be a whole number'):
+        fit(build(SHORT), elbo, load('digits').x[:64], **{'steps': 2, 'batch': 16, name: n})
+
+
 def test_curves_are_means_over_the_steps_between(tmp_path):
     seen = []
     def watched(model, x, step):

@@ -1190,6 +1190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vae_robust.training.captured': ('training.html#captured', 'vae_robust/training.py'),
                                      'vae_robust.training.checked': ('training.html#checked', 'vae_robust/training.py'),
                                      'vae_robust.training.cosine': ('training.html#cosine', 'vae_robust/training.py'),
+                                     'vae_robust.training.counted': ('training.html#counted', 'vae_robust/training.py'),
                                      'vae_robust.training.curves_of': ('training.html#curves_of', 'vae_robust/training.py'),
                                      'vae_robust.training.dead': ('training.html#dead', 'vae_robust/training.py'),
                                      'vae_robust.training.distributed': ('training.html#distributed', 'vae_robust/training.py'),

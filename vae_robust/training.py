@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from itertools import count
+from numbers import Integral
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist
 from safetensors import safe_open
@@ -311,6 +312,14 @@ def save_run(path, model, optimiser, rows, **rest):
         save_checkpoint(path, model=model.state_dict(), optimiser=optimiser.state_dict(), each=each,
                         **rest)
 
+# %% ../nbs/10_training.ipynb #75ee3852
+def counted(**numbers):
+    "Raises `TrainingError` unless each of the `numbers` is a whole one, of at least 1 (steps: 0)."
+    for name, n in numbers.items():
+        least = 0 if name == 'steps' else 1
+        if not isinstance(n, Integral) or n < least:
+            raise TrainingError(f'{name} = {n!r}: it should be a whole number of at least {least}.')
+
 # %% ../nbs/10_training.ipynb #d15c0902
 def trainable(model, data):
     """`data` as a `VAE` can be trained on them, through `as_images`; data of other models, and
@@ -396,8 +405,9 @@ def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4
     tuple of such; `optimiser`: parameters -> torch optimiser; `schedule`: (lr, step, steps) ->
     lr. With a `folder`, a checkpoint every `every` steps, from which the same call goes on;
     SIGINT and SIGTERM stop it after a whole step, as KeyboardInterrupt. Raises `TrainingError`
-    on numbers that are not finite and on images that no `VAE` can learn. Under
-    torch.distributed, processes share `batch`."""
+    on numbers that are not finite, counts that are not whole, and images that no `VAE` can
+    learn. Under torch.distributed, processes share `batch`."""
+    counted(steps=steps, batch=batch, every=every, log=log)
     with learning(model), torch.random.fork_rng(), noted_signals() as noted:
         data, path = trainable(model, data), folder and Path(folder)/'checkpoint.pt'
         objective, rank, world = prepared(model, objective, data, batch, seed, precision)
