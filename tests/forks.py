@@ -62,12 +62,14 @@ def shell():
 
 
 def drawing():
-    "unseeded(): has somebody drawn numbers of torch, or of numpy, whose seed nobody has set?"
+    """unseeded(): did somebody draw from torch's generator and leave it unseeded, or touch numpy's
+    common one? Chapters have numpy generators of their own, with seeds."""
     import numpy as np, torch
     seed = torch.manual_seed(secrets.randbits(60)).initial_seed()
-    fresh, numpys = torch.get_rng_state(), str(np.random.get_state())
+    fresh, numpys = torch.get_rng_state(), np.random.get_state()[1:3]
     torchs = lambda: torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), fresh)
-    return lambda: torchs() or str(np.random.get_state()) != numpys
+    same = lambda: all(map(np.array_equal, np.random.get_state()[1:3], numpys))
+    return lambda: torchs() or not same()
 
 
 def perform_cells(cells, folder, answer):

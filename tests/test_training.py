@@ -251,9 +251,9 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 @pytest.mark.parametrize('name, n', [('every', 0), ('log', 0), ('batch', None), ('batch', 2.5),
-                                     ('steps', 1.5), ('steps', -1), ('every', -5)])
-def test_counts_that_are_not_whole_are_named(name, n):
-    with pytest.raises(TrainingError, match=f'^{name} = {n}: it should be a whole number'):
+                                     ('steps', 1.5), ('steps', -1), ('every', True)])
+def test_numbers_that_are_no_integers_are_named(name, n):
+    with pytest.raises(TrainingError, match=f'^{name} = {n}: it should be an integer of'):
         fit(build(SHORT), elbo, load('digits').x[:64], **{'steps': 2, 'batch': 16, name: n})
 
 

@@ -313,12 +313,12 @@ def save_run(path, model, optimiser, rows, **rest):
                         **rest)
 
 # %% ../nbs/10_training.ipynb #75ee3852
-def counted(**numbers):
-    "Raises `TrainingError` unless each of the `numbers` is a whole one, of at least 1 (steps: 0)."
+def integers(**numbers):
+    "Raises `TrainingError` unless each of the `numbers` is an integer of at least 1 (steps: 0)."
     for name, n in numbers.items():
         least = 0 if name == 'steps' else 1
-        if not isinstance(n, Integral) or n < least:
-            raise TrainingError(f'{name} = {n!r}: it should be a whole number of at least {least}.')
+        if not isinstance(n, Integral) or isinstance(n, bool) or n < least:
+            raise TrainingError(f'{name} = {n!r}: it should be an integer of at least {least}.')
 
 # %% ../nbs/10_training.ipynb #d15c0902
 def trainable(model, data):
@@ -407,7 +407,7 @@ def fit(model, objective, data, steps, batch=64, optimiser=partial(Adam, lr=5e-4
     SIGINT and SIGTERM stop it after a whole step, as KeyboardInterrupt. Raises `TrainingError`
     on numbers that are not finite, counts that are not whole, and images that no `VAE` can
     learn. Under torch.distributed, processes share `batch`."""
-    counted(steps=steps, batch=batch, every=every, log=log)
+    integers(steps=steps, batch=batch, every=every, log=log)
     with learning(model), torch.random.fork_rng(), noted_signals() as noted:
         data, path = trainable(model, data), folder and Path(folder)/'checkpoint.pt'
         objective, rank, world = prepared(model, objective, data, batch, seed, precision)
