@@ -257,7 +257,8 @@ def two_nodes(tries=3):
     from ray.cluster_utils import Cluster
     cluster = Cluster()
     try:
-        return [cluster, *(cluster.add_node(num_cpus=1) for _ in range(2))][::2]
+        cluster.add_node(num_cpus=1)
+        return cluster, cluster.add_node(num_cpus=1)
     except Exception as e:  # Ray has no other class for a node that is not there after 30 s
         cluster.shutdown()
         if tries == 1 or 'timed out' not in str(e): raise
