@@ -1,4 +1,5 @@
-import os
+import json, os, subprocess
+from pathlib import Path
 os.environ['VAE_ROBUST_SMOKE'] = '1'
 
 from jaxtyping import install_import_hook
@@ -6,8 +7,10 @@ install_import_hook('vae_robust', 'beartype.beartype')  # types and shapes of al
 
 import pytest, torch
 from vae_robust.data import load, pixels
-from vae_robust.settings import locked, preset, write
+from vae_robust.settings import locked, write
 from vae_robust.vae import VAE
+
+from forks import run_cells
 
 torch.set_num_threads(1)
 
@@ -59,11 +62,36 @@ def site_without_mathjax(once):
     return once('site', make)
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def code(notebook):
+    "The sources of its cells of code."
+    cells = json.loads(notebook.read_text())['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+
+
+def status():
+    command = ['git', 'status', '--porcelain']
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
 @pytest.fixture(scope='session')
-def smoke_job(once):
-    "The folder with `runs` and `figures` of job.smoke, done once: to be copied, not written to."
-    from vae_robust.experiments.digits import report
-    return once('smoke_job', lambda f: report(preset('job.smoke'), f/'runs', f/'figures'))
+def chapter(once):
+    "chapter(name): the folder in which it was run, once for all tests; `wrong` says what failed."
+    def run(name, folder):
+        folder.mkdir()
+        before = status()
+        wrong = run_cells(code(ROOT/'nbs'/f'{name}.ipynb'), folder)
+        left = '' if status() == before else f'It left something in the checkout:\n{status()}'
+        write(folder/'wrong', wrong or left)
+    return lambda name: once(f'chapter_{name}', lambda folder: run(name, folder))
+
+
+@pytest.fixture(scope='session')
+def smoke_job(chapter):
+    "The folder with `runs` and `figures` of job.smoke as chapter 23 left it: to be copied only."
+    return next(chapter('23_digits').glob('*/figures/means.csv')).parents[1]
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,6 @@
 """Interpreters that have torch and the like already: forks of a server that imported them once,
 which takes a new interpreter, or a kernel, some five seconds. Nothing of the tests is in them."""
-import multiprocessing, os, secrets, sys, traceback
+import multiprocessing, os, secrets, sys, tempfile, traceback
 from functools import cache
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -77,6 +77,7 @@ def perform_cells(cells, folder, answer):
     from IPython.utils.capture import capture_output
     forget_tests()
     os.chdir(folder)
+    tempfile.tempdir = str(folder)
     run, unseeded, complaint = shell().run_cell, drawing(), ''
     for cell in cells:
         with capture_output() as said:

@@ -15,7 +15,7 @@ from vae_robust.experiments.board import (attempts, before, board_cells, board_o
                                           tuned)
 from vae_robust.cli import app
 from vae_robust.data import ImageData, load, pixels
-from vae_robust.defences import Corrected, boxed
+from vae_robust.defences import Corrected
 from vae_robust.diagnosis import diagnose
 from vae_robust.judges import pretrained_judge
 from vae_robust.objectives import OBJECTIVES
@@ -35,10 +35,9 @@ PRICED = {'nats': 1., 'error': 2., 'seconds': 3.}
 
 
 @pytest.fixture(scope='session')
-def rehearsed(once):
-    "The folder of runs in which the board of the rehearsal was computed."
-    return once('board', lambda f: publish_board('board', SMOKE, f, f/'figures', jobs=1,
-                                                 progress=False))
+def rehearsed(chapter):
+    "The folder of runs in which chapter 31 computed the board of the rehearsal."
+    return next(chapter('31_board').glob('*/figures/board.csv')).parents[1]
 
 
 @pytest.fixture(scope='module')
@@ -104,7 +103,7 @@ def test_who_may_do_anything_loses_everything(rehearsed):
 
 
 def test_a_walk_of_no_steps_has_the_numbers_of_the_model_itself(judge, test):
-    model, index = pretrained('mnist/entangled'), pairs(test.y, 1)[::4]
+    model, index = pretrained('mnist/entangled'), pairs(test.y, 1)[::9]
     attacks = {a: preset(f'attack.{a}', steps=3, restarts=1)
                for a in ('strong', 'output_code', 'judge_untargeted_code', 'judge_square')}
     walk = lambda n: preset('defence.langevin', data='digits', walk=n)
@@ -113,7 +112,7 @@ def test_a_walk_of_no_steps_has_the_numbers_of_the_model_itself(judge, test):
     bare, zero, two = ({k: v for k, v in numbers(rows).items() if k != 'seconds'}
                        for rows in (none, still, walks))
     assert zero.pop('certified') is not None and bare.pop('certified') is not None  # NaN both
-    assert zero == bare and two['error'] != bare['error']
+    assert zero == pytest.approx(bare, rel=1e-6) and two['error'] != pytest.approx(bare['error'])
 
 
 @pytest.mark.slow
@@ -130,19 +129,6 @@ def test_a_model_without_a_defence_has_the_numbers_of_the_study():
     assert rows.image.tolist() == known.image.tolist()
     assert rows.kept.tolist() == (~said('none')).tolist()
     assert rows['suite.strong'].tolist() == said('strong').tolist()
-
-
-def test_no_attack_succeeds_inside_a_certificate(rehearsed, judge, test):
-    model = board.restore(board.base_of(of_digits('fsq'), 0, rehearsed), rehearsed)
-    train = lambda m, x, step: boxed(m, x, step, weight=10, eps=.05, eps_steps=50)
-    fit(model, train, load('digits').x, 100, optimiser=partial(Adam, lr=1e-3), progress=False)
-    attacks = {a: preset(f'attack.{a}', eps=.015, steps=10, restarts=3)
-               for a in ('output_soft', 'damage_code', 'judge_untargeted_code')}
-    rows = measured(NONE, model, [judge, judge], attacks, test, pairs(test.y, 1))
-    fell = rows.filter(regex=r'\.').any(axis=1) & rows.kept
-    assert rows.certified.sum() > 5 and fell.any()
-    assert not (fell & rows.certified).any()
-    assert 0 < numbers(rows)['certified'] < 100 - numbers(rows)['knows']
 
 
 # ------------------------------------------------------------------ saboteurs

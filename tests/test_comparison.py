@@ -205,6 +205,7 @@ def test_a_changed_preset_is_another_cell(monkeypatch):
 
 
 # ---------------------------------------------------------------- what is shipped
+@pytest.mark.slow
 def test_committed_scores_are_those_of_the_shipped_weights():
     models, d = shipped_models(), sample()
     assert set(models) == set(TABLE.model)

@@ -9,7 +9,7 @@ from vae_robust import settings, training
 
 from fuzz_files import fuzz
 
-DRAWS = int(os.environ.get('VAE_ROBUST_DRAWS', 60))//4
+DRAWS = int(os.environ.get('VAE_ROBUST_DRAWS', 24))//4
 KINDS = 23
 
 

@@ -43,9 +43,9 @@ def worded():
     "A small model whose code is rounded scalars, trained for its certificates, and eight digits."
     digits, x = pixels(load('digits', size=32).x), pixels(load('digits', 'test', size=32).x[:8])
     model = build(preset('mnist.fsq', n_c=4))
-    fit(model, elbo, digits, 200, progress=False)
+    fit(model, elbo, digits, 200, 24, progress=False)
     objective = lambda m, b, step: boxed(m, b, step, weight=3, eps=.05, eps_steps=40)
-    fit(model, objective, digits, 40, progress=False)
+    fit(model, objective, digits, 40, 24, progress=False)
     return model.eval(), x
 
 

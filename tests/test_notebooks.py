@@ -4,6 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
 
+from conftest import code
 from forks import run_cells
 from test_style import code_lines, too_long
 
@@ -11,9 +12,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 names = lambda p: p.stem
 
-
-def code(nb):
-    return [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
 
 UNEXPORTED = ['00_tour', 'A0_solutions']  # chapters without a module, which may use all others
 
@@ -27,19 +25,12 @@ def text(nb):
     return '\n'.join(c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown')
 
 
-def status():
-    command = ['git', 'status', '--porcelain']
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-
-
 WIDGETS = ['A5_explorer', 'A6_play']  # whose widgets talk to a kernel
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=names)
-def test_runs_from_top_to_bottom(nb, tmp_path):
-    before = status()
-    assert run_cells(code(nb), tmp_path) == ''
-    assert status() == before
+def test_runs_from_top_to_bottom(nb, chapter):
+    assert (chapter(nb.stem)/'wrong').read_text() == ''
 
 
 @pytest.mark.parametrize('name', WIDGETS)

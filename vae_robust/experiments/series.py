@@ -55,8 +55,8 @@ def model_diagnostics(model, test, n=100):
 def partial_rank(a, b, *given):
     """The partial rank correlation (A9.1) of a and b, (N,), given other columns (N,): in [-1, 1];
     without any, Spearman's."""
-    r = np.stack([rankdata(v) for v in (a, b)], 1)
-    G = np.stack([np.ones(len(r)), *map(rankdata, given)], 1)
+    ranks = rankdata(np.stack([a, b, *given], 1), axis=0)
+    r, G = ranks[:, :2], np.insert(ranks[:, 2:], 0, 1, axis=1)
     left = r - G @ np.linalg.lstsq(G, r, rcond=None)[0]
     return np.corrcoef(left.T)[0, 1]
 
