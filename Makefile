@@ -50,6 +50,8 @@ bench: .bench/.ready
 	PYTHONPATH=.bench $(BIN)/python tests/bench_attacks.py $(BENCH)
 	$(BIN)/python tests/bench_metrics.py
 	$(BIN)/python tests/bench_threads.py
+	$(BIN)/python tests/bench_growth.py
+	$(BIN)/python tests/bench_waits.py
 
 break: $(READY)
 	$(BIN)/python tests/break_formulas.py $(BREAK)
